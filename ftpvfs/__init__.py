@@ -1,0 +1,19 @@
+"""A virtual filesystem over any fsspec store, served over FTP and FTPS by pyftpdlib."""
+
+from ftpvfs.authorizer import VFSAuthorizer
+from ftpvfs.filesystem import VFSFilesystem
+from ftpvfs.server.handler import TLS_VFSHandler, VFSHandler
+from ftpvfs.server.transfer import TLS_VFSDTPHandler, VFSDTPHandler
+from ftpvfs.vfs.vfs import VFS
+
+__version__ = "0.1.0"
+__all__ = [
+    "VFS",
+    "TLS_VFSDTPHandler",
+    "TLS_VFSHandler",
+    "VFSAuthorizer",
+    "VFSDTPHandler",
+    "VFSFilesystem",
+    "VFSHandler",
+    "__version__",
+]

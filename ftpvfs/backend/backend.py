@@ -1,0 +1,301 @@
+"""What every store must do for the VFS, and how one is made from a URL.
+
+A backend speaks in VFS paths (`a/b`, the root is `""`) and bytes ranges `[start, stop)`. Every method may be called from
+any thread and may block for as long as the store takes; every failure is an OSError with an errno and the path. A backend
+is made after any fork and never carried across one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.core import split_protocol
+
+from ftpvfs.backend.capability import Capability
+from ftpvfs.backend.errors import secrets_in, translate
+from ftpvfs.backend.retry import Retry
+from ftpvfs.errors import EUNSUPPORTED, failure
+from ftpvfs.memory import MemoryBudget
+
+logger = logging.getLogger(__name__)
+
+# fsspec's own caches are switched off: the VFS owns caching, and an instance must not be shared across a fork.
+UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}
+
+
+@dataclass(slots=True)
+class Entry:
+    """One name in a folder, as the store has it.
+
+    `mtime` is seconds since the epoch, or None where the true one costs a request (`Backend.true_mtime`).
+    `fingerprint` names the version of the object (ETag, generation, ...), or is None where the store has no such thing.
+    """
+
+    name: str
+    is_dir: bool
+    size: int = 0
+    mtime: float | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Space at the store, in bytes."""
+
+    total: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a backend takes from the options."""
+
+    low_level_retries: int = 10
+    connect_timeout: float = 60.0
+    read_timeout: float = 300.0
+    # Parallel requests for metadata and server-side copies.
+    checkers: int = 8
+    verify: bool = True
+    server_mtime: bool = False
+    follow_links: bool = False
+    memory: MemoryBudget = field(default_factory=lambda: MemoryBudget(128 * 2**20))
+
+
+class Upload(Protocol):
+    """A new object on its way into the store. Nothing of it is visible, nor is the old object touched, before `commit`.
+
+    One thread at a time. After an error only `abort` may follow.
+    """
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Take over `data`; blocks while as much as the upload may hold is still on its way."""
+
+    def commit(self) -> Entry:
+        """Publish the object whole and verified; return when the store has it."""
+
+    def abort(self) -> None:
+        """Give up and leave nothing behind at the store. May be called again, and after a failed commit."""
+
+
+class OpenFile(Protocol):
+    """A file of a store that lies on this machine's own disk."""
+
+    entry: Entry
+
+    def fileno(self) -> int:
+        """Return the descriptor to read or send from."""
+
+    def verify(self) -> None:
+        """Raise ECHANGED when the file has changed since it was opened."""
+
+    def close(self) -> None:
+        """Release the descriptor."""
+
+
+class Backend(ABC):
+    """One store below one root. Any thread; not carried across a fork."""
+
+    capability: Capability
+    protocols: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, url: str, root: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
+        self.root = root
+        self.tuning = tuning
+        self.retry = Retry(tuning.low_level_retries)
+        self.display = display_url(url)
+        self._secrets = sorted(set(secrets_in(storage_options)) | set(_url_secrets(url)), key=len, reverse=True)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.display}>"
+
+    # --- what a store does
+
+    @abstractmethod
+    def check(self) -> None:
+        """Ask the store whether the root is there and may be listed; raise what it says, in words for the user."""
+
+    @abstractmethod
+    def list(self, path: str) -> list[Entry]:
+        """Return all that lies directly in the folder; ENOENT where there is none."""
+
+    @abstractmethod
+    def stat(self, path: str) -> Entry:
+        """Return the entry of one path; ENOENT where there is none."""
+
+    @abstractmethod
+    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[bytes]:
+        """Start reading exactly [start, stop) of the version `fingerprint`; cancelling the future ends the request.
+
+        The future fails with ECHANGED when the object is no longer that version.
+        """
+
+    def open_file(self, path: str) -> OpenFile:
+        """Open the file itself, where `capability.opens_files`."""
+        raise self.unsupported(path, "opening files of the store directly")
+
+    def upload(self, path: str, *, mtime: float | None = None, size: int | None = None) -> Upload:
+        """Return a new upload to `path`. The store hears nothing yet.
+
+        `mtime` is the modification time to give it, None for the store's own; `size` is its length where it is known.
+        """
+        raise self.unsupported(path, "writing")
+
+    def mkdir(self, path: str) -> None:
+        """Make a folder (where there are none, an object that marks one)."""
+        raise self.unsupported(path, "making folders")
+
+    def rmdir(self, path: str) -> None:
+        """Remove an empty folder, or the object that marks one; nothing to remove is no error."""
+        raise self.unsupported(path, "removing folders")
+
+    def remove(self, path: str) -> None:
+        """Remove one object; ENOENT where the store can tell."""
+        raise self.unsupported(path, "removing files")
+
+    def remove_many(self, paths: Iterable[str]) -> None:
+        """Remove objects, as few requests as the store allows; the first failure is raised after all were tried."""
+        failures = []
+        for path in paths:
+            try:
+                self.remove(path)
+            except OSError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def copy(self, source: str, target: str) -> Entry:
+        """Copy one object inside the store with its modification time, whole or not at all."""
+        raise self.unsupported(source, "copying")
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename a file (`capability.renames_files`) or folder (`renames_directories`) in one step."""
+        raise self.unsupported(source, "renaming")
+
+    def set_mtime(self, path: str, mtime: float) -> Entry:
+        """Set the modification time; return the entry as it is now, its fingerprint included."""
+        raise self.unsupported(path, "setting modification times")
+
+    def true_mtimes(self, folder: str, entries: Iterable[Entry]) -> None:
+        """Fill in the `mtime` of entries of `folder` that lack it, several requests at a time."""
+
+    def walk(self, path: str) -> Iterator[tuple[str, Entry]]:
+        """Yield (path, entry) of every object below the folder, markers of folders included as `name/`."""
+        for entry in self.list(path):
+            below = f"{path}/{entry.name}" if path else entry.name
+            if entry.is_dir:
+                yield from self.walk(below)
+            else:
+                yield below, entry
+
+    def usage(self) -> Usage | None:
+        """Return the space at the store, or None where it has no such notion."""
+        return None
+
+    def close(self) -> None:
+        """Release connections and threads."""
+
+    # --- for the stores' own use
+
+    def unsupported(self, path: str, what: str) -> OSError:
+        """Return the error for what this store cannot do."""
+        if not self.capability.writes:
+            return failure(errno.EROFS, path, "The store is read-only")
+        return failure(EUNSUPPORTED, path, f"The store does not support {what}")
+
+    @contextlib.contextmanager
+    def errors(self, path: str) -> Iterator[None]:
+        """Turn whatever the store raises inside into an OSError for `path`, without any secret in it."""
+        try:
+            yield
+        except Exception as error:
+            raise self.translated(error, path) from error
+
+    def translated(self, error: BaseException, path: str) -> OSError:
+        """Return the OSError for `error`, without any secret in it."""
+        known = translate(error, path)
+        for secret in self._secrets:
+            if secret in str(known):
+                known = failure(known.errno or errno.EIO, path, str(known.strerror).replace(secret, "***"))
+        return known
+
+    def run(self, path: str, operation: Callable[[], Any]) -> Any:
+        """Run a blocking request with retries and translated errors."""
+        with self.errors(path):
+            return self.retry.call(operation)
+
+
+def open_backend(url: str, storage_options: Mapping[str, Any] | None = None, tuning: Tuning | None = None) -> Backend:
+    """Return the backend for any fsspec URL; a plain path is a local folder. The store is not contacted yet.
+
+    Raises ValueError for an unknown protocol and ImportError naming the package that a protocol needs.
+    """
+    protocol = protocol_of(url)
+    cls = _backend_class(protocol)
+    return cls.from_url(url, dict(storage_options or {}), tuning or Tuning())  # type: ignore[attr-defined, no-any-return]
+
+
+def protocol_of(url: str) -> str:
+    """Return the URL's protocol; `zip::s3://...` is a zip."""
+    first = url.split("::", 1)[0]
+    return split_protocol(first)[0] or (first if "::" in url else "file")
+
+
+def _backend_class(protocol: str) -> type[Backend]:
+    module, name = _CLASSES.get(protocol, ("generic", "GenericBackend"))
+    try:
+        return getattr(importlib.import_module(f"ftpvfs.backend.{module}"), name)  # type: ignore[no-any-return]
+    except ImportError as error:
+        raise ImportError(f"{protocol}:// needs a package that is not installed: {error}") from error
+
+
+# Imported when first used: s3fs and gcsfs cost a second and 60 MiB together.
+_CLASSES = {
+    "file": ("local", "LocalBackend"),
+    "local": ("local", "LocalBackend"),
+    "s3": ("s3", "S3Backend"),
+    "s3a": ("s3", "S3Backend"),
+    "gs": ("gcs", "GCSBackend"),
+    "gcs": ("gcs", "GCSBackend"),
+}
+
+
+def filesystem(url: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return a fresh, uncached fsspec filesystem for the URL and the URL's path inside it."""
+    protocol = protocol_of(url)
+    try:
+        cls = fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        raise ImportError(f"{protocol}:// needs a package that is not installed: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{protocol}:// is no protocol that fsspec knows: {error}") from error
+    if "::" in url:
+        return fsspec.core.url_to_fs(url, **storage_options)  # type: ignore[no-any-return]
+    options = {**cls._get_kwargs_from_urls(url), **UNCACHED, **storage_options}
+    return cls(**options), cls._strip_protocol(url)
+
+
+def display_url(url: str) -> str:
+    """Return the URL as it may be shown: without user and password.
+
+    >>> display_url("sftp://me:secret@host/folder")
+    'sftp://host/folder'
+    """
+    return re.sub(r"://[^/@]*@", "://", url)
+
+
+def _url_secrets(url: str) -> Iterator[str]:
+    with contextlib.suppress(ValueError):
+        password = urlsplit(url).password
+        if password:
+            yield password

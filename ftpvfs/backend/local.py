@@ -1,0 +1,281 @@
+"""A folder of this machine, through fsspec's local filesystem where it helps and the system's own calls where it does not.
+
+Promises of its own: a file is replaced by one rename, never written in place; what an upload wrote before it was cut off
+has no name and goes with the process (O_TMPFILE); nothing is reached through a symbolic link unless the user asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from concurrent.futures import Future
+from pathlib import PurePosixPath
+from typing import Any, ClassVar
+
+from fsspec.implementations.local import LocalFileSystem
+
+from ftpvfs import paths
+from ftpvfs.backend.backend import Backend, Entry, OpenFile, Tuning, Upload, Usage
+from ftpvfs.backend.capability import Capability
+from ftpvfs.errors import ECHANGED, failure
+
+# The name of a file on its way, where the system has no O_TMPFILE. Not listed.
+TEMPORARY_PREFIX = ".ftpvfs-"
+TEMPORARY_SUFFIX = ".tmp"
+
+
+class LocalBackend(Backend):
+    """A folder on this machine's disk. Any thread, any process."""
+
+    protocols: ClassVar[tuple[str, ...]] = ("file", "local")
+    capability = Capability(
+        renames_files=True, renames_directories=True, sets_mtime=True, opens_files=True
+    )
+
+    @classmethod
+    def from_url(cls, url: str, storage_options: dict[str, Any], tuning: Tuning) -> Backend:
+        """Make the backend; the one storage option is `sync` (default true): a file is on the disk when it is there."""
+        root = os.path.realpath(LocalFileSystem._strip_protocol(url))
+        unknown = sorted(set(storage_options) - {"sync"})
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no storage option of a local folder; it knows sync")
+        return cls(root, root, tuning, sync=bool(storage_options.get("sync", True)))
+
+    def __init__(self, url: str, root: str, tuning: Tuning, *, sync: bool) -> None:
+        super().__init__(url, root, {}, tuning)
+        self.sync = sync
+
+    def locate(self, path: str) -> str:
+        """Return the file's name on the disk; ELOOP where a folder on the way is a symbolic link not to be followed."""
+        name = paths.key(self.root, path)
+        if path and not self.tuning.follow_links:
+            parent = os.path.dirname(name)
+            if os.path.realpath(parent) != parent:
+                raise failure(errno.ELOOP, path, "Symbolic links are not followed (--copy-links follows them)")
+        return name
+
+    def _stat(self, name: str, path: str) -> os.stat_result:
+        found = os.stat(name, follow_symlinks=self.tuning.follow_links)
+        if stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode):
+            return found
+        raise failure(errno.ENOENT, path, "Neither a file nor a folder")
+
+    def check(self) -> None:
+        try:
+            os.scandir(self.root).close()
+        except OSError as error:
+            raise failure(error.errno or errno.EIO, self.root, error.strerror) from error
+
+    def list(self, path: str) -> list[Entry]:
+        follow = self.tuning.follow_links
+        entries = []
+        with self._renamed(path), os.scandir(self.locate(path)) as found:
+            for item in found:
+                if not paths.is_listable(item.name) or _is_temporary(item.name):
+                    continue
+                try:
+                    info = item.stat(follow_symlinks=follow)
+                except FileNotFoundError:
+                    continue  # removed meanwhile, or a link to nowhere
+                if stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode):
+                    entries.append(_entry(item.name, info))
+        return entries
+
+    def stat(self, path: str) -> Entry:
+        with self._renamed(path):
+            return _entry(paths.split(path)[1], self._stat(self.locate(path), path))
+
+    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[bytes]:
+        future: Future[bytes] = Future()
+        try:
+            opened = self.open_file(path)
+            try:
+                if fingerprint is not None and opened.entry.fingerprint != fingerprint:
+                    raise failure(ECHANGED, path)
+                future.set_result(os.pread(opened.fileno(), stop - start, start))
+            finally:
+                opened.close()
+        except OSError as error:
+            future.set_exception(error)
+        return future
+
+    def open_file(self, path: str) -> OpenFile:
+        with self._renamed(path):
+            flags = os.O_RDONLY | os.O_CLOEXEC | (0 if self.tuning.follow_links else os.O_NOFOLLOW) | os.O_NONBLOCK
+            return LocalFile(os.open(self.locate(path), flags), path)
+
+    def upload(self, path: str, *, mtime: float | None = None, size: int | None = None) -> Upload:
+        return LocalUpload(self, path, mtime)
+
+    def mkdir(self, path: str) -> None:
+        with self._renamed(path):
+            os.mkdir(self.locate(path))
+            self._sync_folder(os.path.dirname(self.locate(path)))
+
+    def rmdir(self, path: str) -> None:
+        with self._renamed(path):
+            os.rmdir(self.locate(path))
+
+    def remove(self, path: str) -> None:
+        with self._renamed(path):
+            os.remove(self.locate(path))
+
+    def rename(self, source: str, target: str) -> None:
+        with self._renamed(source):
+            os.rename(self.locate(source), self.locate(target))
+            self._sync_folder(os.path.dirname(self.locate(target)))
+
+    def set_mtime(self, path: str, mtime: float) -> Entry:
+        with self._renamed(path):
+            name = self.locate(path)
+            self._stat(name, path)
+            os.utime(name, (mtime, mtime), follow_symlinks=self.tuning.follow_links)
+        return self.stat(path)
+
+    def usage(self) -> Usage:
+        with self._renamed(""):
+            info = os.statvfs(self.root)
+        return Usage(total=info.f_blocks * info.f_frsize, free=info.f_bavail * info.f_frsize)
+
+    @contextlib.contextmanager
+    def _renamed(self, path: str) -> Any:
+        """Name the path in errors as the user knows it, not the place on this machine's disk."""
+        try:
+            yield
+        except OSError as error:
+            raise failure(error.errno or errno.EIO, path, error.strerror) from error
+        except ValueError as error:  # a name that the disk's encoding cannot hold
+            raise failure(errno.EINVAL, path, str(error)) from error
+
+    def _sync_folder(self, name: str) -> None:
+        if self.sync:
+            folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+class LocalFile(OpenFile):
+    """An open file of the disk: one version, since we replace files by renames; what others do in place is noticed."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self._descriptor = descriptor
+        self._path = path
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            os.close(descriptor)
+            code = errno.EISDIR if stat.S_ISDIR(info.st_mode) else errno.ENOENT
+            raise failure(code, path)
+        os.set_blocking(descriptor, True)
+        self.entry = _entry(paths.split(path)[1], info)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def verify(self) -> None:
+        if _fingerprint(os.fstat(self._descriptor)) != self.entry.fingerprint:
+            raise failure(ECHANGED, self._path, "The file was changed while it was read")
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class LocalUpload(Upload):
+    """A file without a name in the target's folder, or with a temporary one, renamed over the target at the end."""
+
+    def __init__(self, backend: LocalBackend, path: str, mtime: float | None) -> None:
+        self._backend = backend
+        self._path = path
+        self._mtime = mtime
+        self._size = 0
+        self._descriptor = -1
+        self._temporary: str | None = None
+
+    def write(self, data: bytes | memoryview) -> None:
+        with self._backend._renamed(self._path):
+            self._open()
+            view = memoryview(data)
+            while view:
+                taken = os.write(self._descriptor, view)
+                self._size += taken
+                view = view[taken:]
+
+    def _open(self) -> None:
+        if self._descriptor >= 0:
+            return
+        folder = os.path.dirname(self._backend.locate(self._path))
+        try:
+            self._descriptor = os.open(folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
+        except (AttributeError, OSError) as error:  # not on macOS, nor on every file system
+            if isinstance(error, OSError) and error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
+                raise
+            self._temporary = _temporary_name(folder)
+            self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def commit(self) -> Entry:
+        target = self._backend.locate(self._path)
+        with self._backend._renamed(self._path):
+            self._open()
+            with contextlib.suppress(OSError):  # a new file keeps the access rights of the one that it replaces
+                os.fchmod(self._descriptor, stat.S_IMODE(os.stat(target, follow_symlinks=False).st_mode))
+            if self._mtime is not None:
+                os.utime(self._descriptor, (self._mtime, self._mtime))
+            if self._backend.sync:
+                os.fsync(self._descriptor)
+            info = os.fstat(self._descriptor)
+            if info.st_size != self._size:
+                raise failure(errno.EIO, self._path, f"The disk has {info.st_size} bytes of {self._size}")
+            if os.path.isdir(target):
+                raise failure(errno.EISDIR, self._path)
+            self._publish(target)
+            self._backend._sync_folder(os.path.dirname(target))
+            info = os.fstat(self._descriptor)
+        self.abort()  # only the descriptor is left to release
+        return _entry(paths.split(self._path)[1], info)
+
+    def _publish(self, target: str) -> None:
+        if self._temporary is None:
+            self._link(_temporary_name(os.path.dirname(target)))
+        os.rename(self._temporary, target)
+        self._temporary = None
+
+    def _link(self, temporary: str) -> None:
+        """Give the nameless file a name. linkat follows the link in /proc to it, which os.link does with a folder alone."""
+        folder = os.open(os.path.dirname(temporary), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.link(f"/proc/self/fd/{self._descriptor}", os.path.basename(temporary), dst_dir_fd=folder)
+        finally:
+            os.close(folder)
+        self._temporary = temporary
+
+    def abort(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        if self._temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+            self._temporary = None
+
+
+def _entry(name: str, info: os.stat_result) -> Entry:
+    is_dir = stat.S_ISDIR(info.st_mode)
+    return Entry(name, is_dir, 0 if is_dir else info.st_size, info.st_mtime, None if is_dir else _fingerprint(info))
+
+
+def _fingerprint(info: os.stat_result) -> str:
+    return f"{info.st_ino:x}-{info.st_size:x}-{info.st_mtime_ns:x}"
+
+
+def _temporary_name(folder: str) -> str:
+    return str(PurePosixPath(folder) / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(TEMPORARY_PREFIX) and name.endswith(TEMPORARY_SUFFIX)

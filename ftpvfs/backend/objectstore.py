@@ -1,0 +1,322 @@
+"""What S3 and GCS have in common: no folders, whole immutable objects, and an fsspec filesystem that runs on asyncio.
+
+fsspec runs all its requests on one event loop in a thread of its own; a request is started from any thread and waited for
+there, so that parallel requests cost no threads of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import logging
+from abc import abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from itertools import islice
+from typing import Any, TypeVar
+
+from ftpvfs import paths
+from ftpvfs.backend.backend import Backend, Entry, Tuning, Upload
+from ftpvfs.errors import failure
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Parts of one upload on their way at once. Measured against SeaweedFS on two cores: 2 is slower, 8 no faster.
+UPLOAD_CONCURRENCY = 4
+# True modification times asked for at once, for each of the `checkers`.
+MTIME_BATCH = 1000
+
+
+class ObjectStoreBackend(Backend):
+    """A bucket, or a prefix in one. Any thread; not carried across a fork."""
+
+    fs: Any
+
+    def __init__(self, url: str, root: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
+        super().__init__(url, root, storage_options, tuning)
+        self.bucket, _, self.prefix = root.strip("/").partition("/")
+
+    # --- the bridge to fsspec's event loop
+
+    def spawn(self, path: str, request: Callable[[], Awaitable[T]]) -> Future[T]:
+        """Start a request, with retries and translated errors; cancelling the future cancels the request."""
+        return asyncio.run_coroutine_threadsafe(self._guarded(path, request), self.fs.loop)
+
+    def ask(self, path: str, request: Callable[[], Awaitable[T]]) -> T:
+        """Make a request and wait for its outcome."""
+        return self.spawn(path, request).result()
+
+    async def _guarded(self, path: str, request: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await self.retry.acall(request)
+        except Exception as error:
+            raise self.translated(error, path) from error
+
+    async def gather(self, requests: Iterable[Callable[[], Awaitable[Any]]]) -> list[Any]:
+        """Make many requests, `checkers` at a time; return outcomes and exceptions in their order."""
+        gate = asyncio.Semaphore(self.tuning.checkers)
+
+        async def gated(request: Callable[[], Awaitable[Any]]) -> Any:
+            async with gate:
+                return await self.retry.acall(request)
+
+        return await asyncio.gather(*(gated(request) for request in requests), return_exceptions=True)
+
+    # --- what each store answers for itself
+
+    @abstractmethod
+    def pages(self, prefix: str, *, delimiter: str, limit: int | None = None) -> AsyncIterator[ListedPage]:
+        """Yield what the store lists under a prefix of keys, page by page; at most `limit` entries where it is given."""
+
+    @abstractmethod
+    async def head(self, path: str) -> Entry:
+        """Return the entry of one object, its true modification time included."""
+
+    @abstractmethod
+    async def read(self, path: str, start: int, stop: int, fingerprint: str | None) -> bytes:
+        """Return the bytes [start, stop) of one version."""
+
+    @abstractmethod
+    async def delete(self, path: str) -> None:
+        """Delete one object; no error where there is none."""
+
+    @abstractmethod
+    async def put(self, path: str, data: bytes, mtime: float | None) -> Entry:
+        """Store a whole object in one request, verified."""
+
+    @abstractmethod
+    async def duplicate(self, source: str, target: str, mtime: float | None) -> Entry:
+        """Copy one object inside the store; `mtime` None keeps the source's."""
+
+    # --- the backend's contract
+
+    def key(self, path: str) -> str:
+        """Return the object's name in the bucket."""
+        return paths.key(self.prefix, path)
+
+    def folder_key(self, path: str) -> str:
+        """Return the prefix that all keys in the folder have."""
+        key = self.key(path)
+        return key + "/" if key else ""
+
+    def list(self, path: str) -> list[Entry]:
+        """List one folder, a page at a time, so that the store's own bulky answers never pile up."""
+        return self.ask(path, lambda: self._list(path))
+
+    async def _list(self, path: str) -> list[Entry]:
+        entries: dict[str, Entry] = {}
+        found = not path
+        async for page in self.pages(self.folder_key(path), delimiter="/"):
+            found = found or page.found
+            for entry in page.entries:
+                self._add(entries, entry, path)
+        if not found:
+            raise failure(errno.ENOENT, path)
+        return list(entries.values())
+
+    def _add(self, entries: dict[str, Entry], entry: Entry, folder: str) -> None:
+        if not paths.is_listable(entry.name):
+            logger.warning("%r in %r cannot be shown over FTP and is left out", entry.name, folder)
+        elif entry.name not in entries:
+            entries[entry.name] = entry
+        elif entries[entry.name].is_dir:  # `a` and `a/b` may both be objects; the file is the one that has bytes
+            entries[entry.name] = entry
+
+    def stat(self, path: str) -> Entry:
+        if not path:
+            return Entry("", is_dir=True)
+        return self.ask(path, lambda: self._stat(path))
+
+    async def _stat(self, path: str) -> Entry:
+        try:
+            return await self.head(path)
+        except Exception as error:
+            if self.translated(error, path).errno != errno.ENOENT:
+                raise
+        async for page in self.pages(self.folder_key(path), delimiter="/", limit=1):
+            if page.found:
+                return Entry(paths.split(path)[1], is_dir=True)
+        raise failure(errno.ENOENT, path)
+
+    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[bytes]:
+        return self.spawn(path, lambda: self.read(path, start, stop, fingerprint))
+
+    def walk(self, path: str) -> Iterator[tuple[str, Entry]]:
+        prefix = self.folder_key(path)
+        pages = self.pages(prefix, delimiter="")
+        while True:
+            page = self.ask(path, lambda: anext(pages, None))  # one page in memory at a time
+            if page is None:
+                return
+            for entry in page.entries:
+                yield paths.join(path, entry.name), entry
+            if page.has_marker:
+                yield path + "/", Entry("", is_dir=False)
+
+    def remove(self, path: str) -> None:
+        self.ask(path, lambda: self.delete(path))
+
+    def remove_many(self, paths: Iterable[str]) -> None:
+        remaining = iter(paths)
+        while batch := list(islice(remaining, MTIME_BATCH)):
+            outcomes = self.ask(batch[0], lambda names=batch: self.gather(  # type: ignore[misc]
+                [lambda name=name: self.delete(name) for name in names]))  # type: ignore[misc]
+            for name, outcome in zip(batch, outcomes, strict=True):
+                if isinstance(outcome, BaseException):
+                    raise self.translated(outcome, name) from outcome
+
+    def mkdir(self, path: str) -> None:
+        self.ask(path, lambda: self.put(path + "/", b"", None))
+
+    def rmdir(self, path: str) -> None:
+        self.ask(path, lambda: self.delete(path + "/"))
+
+    def copy(self, source: str, target: str) -> Entry:
+        return self.ask(source, lambda: self.duplicate(source, target, None))
+
+    def set_mtime(self, path: str, mtime: float) -> Entry:
+        return self.ask(path, lambda: self.duplicate(path, path, mtime))
+
+    def true_mtimes(self, folder: str, entries: Iterable[Entry]) -> None:
+        remaining = iter(entries)
+        while batch := list(islice(remaining, MTIME_BATCH)):
+            heads = self.ask(folder, lambda names=batch: self.gather(  # type: ignore[misc]
+                [lambda name=entry.name: self.head(paths.join(folder, name)) for entry in names]))  # type: ignore[misc]
+            for entry, head in zip(batch, heads, strict=True):
+                if isinstance(head, Entry):
+                    entry.mtime = head.mtime
+                elif self.translated(head, folder).errno != errno.ENOENT:  # deleted meanwhile: its time matters to nobody
+                    raise self.translated(head, paths.join(folder, entry.name)) from head
+
+
+class ListedPage:
+    """One page of a listing: entries named relative to the prefix, and whether anything at all was there."""
+
+    __slots__ = ("entries", "has_marker")
+
+    def __init__(self, entries: list[Entry], *, has_marker: bool) -> None:
+        self.entries = entries
+        self.has_marker = has_marker
+
+    @property
+    def found(self) -> bool:
+        """Whether the prefix exists as a folder."""
+        return self.has_marker or bool(self.entries)
+
+
+class PartsUpload(Upload):
+    """An object that is sent in parts while it arrives. One thread at a time.
+
+    What is smaller than one part goes in one request at `commit`. Else parts of `part_size(number)` bytes leave as soon as
+    they are full, up to `concurrency` at once within the memory budget; `write` blocks while no more may leave.
+    """
+
+    concurrency = UPLOAD_CONCURRENCY
+
+    def __init__(self, backend: ObjectStoreBackend, path: str, mtime: float | None) -> None:
+        self.backend = backend
+        self.path = path
+        self.mtime = mtime
+        self.size = 0
+        self._memory = backend.tuning.memory
+        self._pieces: list[bytes | memoryview] = []
+        self._pending = 0
+        self._parts: list[Future[Any]] = []
+        self._in_flight: deque[Future[Any]] = deque()
+        self._tasks: set[asyncio.Task[Any]] = set()  # touched on the event loop alone
+
+    # --- what each store answers for itself
+
+    def part_size(self, number: int) -> int:
+        """Return the size at which part `number`, counted from 0, is full."""
+        raise NotImplementedError
+
+    async def send(self, number: int, offset: int, data: bytes) -> Any:
+        """Send one full part; return what `finish` needs to know of it."""
+        raise NotImplementedError
+
+    async def finish(self, parts: list[Any], rest: bytes) -> Entry:
+        """Send what is left after the last full part and publish the object, verified."""
+        raise NotImplementedError
+
+    async def discard(self) -> None:
+        """Forget the parts at the store."""
+        raise NotImplementedError
+
+    # --- the upload's contract
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._pieces.append(bytes(data))
+        self._pending += len(data)
+        while (busy := self.pressure()) is not None:
+            busy.result()
+
+    def pressure(self) -> Future[Any] | None:
+        """Send what can be sent; return the future to await before more is written, or None when more may come."""
+        while self._pending >= self.part_size(len(self._parts)):
+            self._reap()
+            if len(self._in_flight) >= self.concurrency:
+                return self._in_flight[0]
+            size = self.part_size(len(self._parts))
+            if not self._memory.take(size, force=not self._in_flight):
+                return self._in_flight[0]
+            self._send(size)
+        return None
+
+    def _reap(self) -> None:
+        """Drop finished parts from the front; a failed one fails the upload here and now."""
+        while self._in_flight and self._in_flight[0].done():
+            self._in_flight.popleft().result()
+
+    def _send(self, size: int) -> None:
+        data = b"".join(self._pieces)
+        rest = data[size:]
+        part = data[:size] if rest else data
+        self._pieces, self._pending = ([rest], len(rest)) if rest else ([], 0)
+        number, offset = len(self._parts), self.size
+        self.size += len(part)
+        future = self.backend.spawn(self.path, lambda: self._tracked(number, offset, part))
+        future.add_done_callback(lambda _: self._memory.give(size))
+        self._parts.append(future)
+        self._in_flight.append(future)
+
+    async def _tracked(self, number: int, offset: int, part: bytes) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await self.send(number, offset, part)
+
+    def commit(self) -> Entry:
+        rest = b"".join(self._pieces)
+        if not self._parts:
+            return self.backend.ask(self.path, lambda: self.backend.put(self.path, rest, self.mtime))
+        parts = [part.result() for part in self._parts]
+        return self.backend.ask(self.path, lambda: self.finish(parts, rest))
+
+    def abort(self) -> None:
+        self._pieces, self._pending = [], 0
+        if not self._parts:
+            return
+        for part in self._in_flight:
+            part.cancel()
+        self._parts, self._in_flight = [], deque()
+        try:
+            self.backend.ask(self.path, self._discard_settled)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # never begun, or forgotten by the store itself
+                logger.warning("parts of a broken upload of %r may be left at the store: %s", self.path, error)
+
+    async def _discard_settled(self) -> None:
+        """Discard once no part is on its way any more: one that lands after the discard would stay at the store."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.discard()
+
+
+def md5(data: bytes) -> bytes:
+    """Return the MD5 digest that stores use as a checksum, not for security."""
+    return hashlib.md5(data, usedforsecurity=False).digest()

@@ -1,0 +1,27 @@
+"""Failures as the operating system names them: every error that leaves the VFS is an OSError with an errno and the path.
+
+`OSError` itself picks the subclass (`FileNotFoundError` for ENOENT, ...), so callers may catch either.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+# macOS has no ENOTSUP/EOPNOTSUPP distinction and some systems lack EREMOTEIO: one name each for what we mean.
+EUNSUPPORTED = errno.EOPNOTSUPP
+ECHANGED = errno.ESTALE
+
+
+def failure(code: int, path: str, reason: str | None = None) -> OSError:
+    """Return (not raise) the OSError for `code` at `path`; `reason` replaces the system's text for the code."""
+    return OSError(code, reason or os.strerror(code), path)
+
+
+def reason_of(error: OSError) -> str:
+    """Return what went wrong, without the errno and the path that `str(error)` carries."""
+    if error.strerror:
+        return error.strerror
+    if error.errno:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__

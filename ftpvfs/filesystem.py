@@ -1,0 +1,385 @@
+"""What pyftpdlib asks of a filesystem, answered by a VFS: ftp paths become VFS calls, and nothing else is decided here.
+
+pyftpdlib calls "real path" what the authorizer's home and `ftp2fs` give: here an absolute path inside the VFS (`/alice/a`).
+Nothing touches the server's own disk, and no path leaves the home: all conversions are textual, since the VFS has no links.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import posixpath
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import Any, ClassVar, TypeVar
+
+from pyftpdlib.exceptions import FilesystemError
+from pyftpdlib.filesystems import AbstractedFS
+
+from ftpvfs import paths
+from ftpvfs.backend.backend import Entry
+from ftpvfs.errors import failure, reason_of
+from ftpvfs.vfs.dircache import Listing
+from ftpvfs.vfs.handle import Handle, WriteHandle
+from ftpvfs.vfs.vfs import VFS
+
+logger = logging.getLogger(__name__)
+F = TypeVar("F", bound=Callable[..., Any])
+
+MONTHS = ("", "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+# Older files show their year instead of the hour, as in ls and proftpd.
+SIX_MONTHS = 180 * 86400
+# A listing that does not change is rendered once, unless it is so large that keeping the text costs more than making it.
+KEPT_RENDERING = 4 * 2**20
+PIECE = 16 * 1024
+
+
+class ClientError(FilesystemError):  # type: ignore[misc]
+    """A failed call in words for the client. `errno` is the failure's own, for who picks the reply's code."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(reason_of(error))
+        self.errno = error.errno
+
+
+def answered(method: F) -> F:
+    """Turn an OSError of the VFS into what pyftpdlib sends to the client; tell the session's handler, if it wants to know."""
+
+    @wraps(method)
+    def wrapper(self: VFSFilesystem, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except OSError as error:
+            told = ClientError(error)
+            self.failed(error)
+            raise told from error
+
+    return wrapper  # type: ignore[return-value]
+
+
+class Names(list[str]):
+    """A folder's names, as pyftpdlib passes them from `listdir` to `format_list`, with the listing that they came from."""
+
+    def __init__(self, listing: Listing) -> None:
+        super().__init__(listing.names)
+        self.listing = listing
+
+
+class VFSFilesystem(AbstractedFS):  # type: ignore[misc]
+    """A pyftpdlib filesystem over a VFS. Subclass it and set `vfs`; one instance serves one session."""
+
+    vfs: ClassVar[VFS]
+    _warned: ClassVar[set[str]] = set()
+    _warning = threading.Lock()
+
+    def __init__(self, root: str, cmd_channel: Any) -> None:
+        super().__init__(paths.normalize(root), cmd_channel)
+        self._home_is_there = self.root == "/"
+        self._warn_about(cmd_channel)
+
+    def _warn_about(self, cmd_channel: Any) -> None:
+        """Say once what the surrounding server cannot promise."""
+        if not self._commits():
+            self._warn_once(
+                f"{cmd_channel.dtp_handler.__name__} takes a broken upload for a complete one;"
+                " set dtp_handler to ftpvfs.VFSDTPHandler or TLS_VFSDTPHandler"
+            )
+        single = not hasattr(cmd_channel.server, "_start_task")
+        if single and not getattr(cmd_channel, "offloads", False) and not self.vfs.core.backend.capability.opens_files:
+            self._warn_once("with a plain FTPServer a slow store stops every session; use ThreadedFTPServer")
+
+    def _warn_once(self, text: str) -> None:
+        with self._warning:
+            if text not in self._warned:
+                self._warned.add(text)
+                logger.warning("%s", text)
+
+    def _commits(self) -> bool:
+        return getattr(self.cmd_channel.dtp_handler, "commits", False)
+
+    def failed(self, error: OSError) -> None:
+        """Tell the session's handler what the last failure was, so that it can choose the reply's code."""
+        if hasattr(self.cmd_channel, "failure"):
+            self.cmd_channel.failure = error
+        logger.debug("%s", error)
+
+    # --- paths
+
+    def ftpnorm(self, ftppath: str) -> str:
+        return paths.normalize(ftppath, self.cwd)
+
+    def ftp2fs(self, ftppath: str) -> str:
+        return paths.normalize(self.root + self.ftpnorm(ftppath))
+
+    def fs2ftp(self, fspath: str) -> str:
+        path = paths.normalize(fspath, self.root)
+        if not self.validpath(path):
+            return "/"
+        return "/" + path[len(self.root) :].lstrip("/")
+
+    def validpath(self, path: str) -> bool:
+        return paths.is_within(paths.from_ftp(path), paths.from_ftp(self.root))
+
+    def realpath(self, path: str) -> str:
+        return path
+
+    def _path(self, fspath: str) -> str:
+        return paths.from_ftp(fspath)
+
+    # --- opening
+
+    @answered
+    def open(self, filename: str, mode: str) -> Any:
+        if "r" not in mode or "+" in mode:
+            self._make_home()
+        handle = self.vfs.open(self._path(filename), mode, name=filename, autocommit=False)
+        return self._for_channel(handle)
+
+    def _for_channel(self, handle: Handle) -> Any:
+        if isinstance(handle, WriteHandle) and not self._commits():
+            return ClosePublishes(handle, self.cmd_channel)
+        return handle
+
+    @answered
+    def mkstemp(self, suffix: str = "", prefix: str = "", dir: str | None = None, mode: str = "wb") -> Any:
+        self._make_home()
+        folder = self.root if dir is None else dir
+        for _ in range(50):
+            name = posixpath.join(folder, f"{prefix}{secrets.token_hex(4)}{suffix}")
+            if not self.vfs.exists(self._path(name)):
+                handle = self.vfs.open(self._path(name), "xb", name=name, autocommit=False)
+                return self._for_channel(handle)
+        raise failure(errno.EEXIST, folder, "No usable unique file name found")
+
+    def _make_home(self) -> None:
+        """Make the user's home before something is first written below it; a bucket's homes need no set-up."""
+        if not self._home_is_there:
+            self.vfs.makedirs(self._path(self.root))
+            self._home_is_there = True
+
+    # --- folders and files
+
+    @answered
+    def chdir(self, path: str) -> None:
+        if path != self.root and not self.vfs.lookup(self._path(path)).is_dir:
+            raise failure(errno.ENOTDIR, path)
+        self.cwd = self.fs2ftp(path)
+
+    @answered
+    def mkdir(self, path: str) -> None:
+        self._make_home()
+        self.vfs.mkdir(self._path(path))
+
+    @answered
+    def listdir(self, path: str) -> Names:
+        try:
+            return Names(self.vfs.timed_listing(self._path(path)))
+        except FileNotFoundError:
+            if path != self.root:
+                raise
+            return Names(Listing({}))
+
+    listdirinfo = listdir
+
+    @answered
+    def rmdir(self, path: str) -> None:
+        self.vfs.rmdir(self._path(path))
+
+    @answered
+    def remove(self, path: str) -> None:
+        self.vfs.remove(self._path(path))
+
+    @answered
+    def rename(self, src: str, dst: str) -> None:
+        self.vfs.rename(self._path(src), self._path(dst))
+
+    @answered
+    def chmod(self, path: str, mode: int) -> None:
+        raise failure(errno.EOPNOTSUPP, path, "The store keeps no access rights")
+
+    @answered
+    def utime(self, path: str, timeval: float) -> None:
+        self.vfs.utime(self._path(path), (timeval, timeval))
+
+    # --- looking
+
+    @answered
+    def stat(self, path: str) -> Any:
+        try:
+            return self.vfs.stat(self._path(path))
+        except FileNotFoundError:
+            if path != self.root:
+                raise
+            return self.vfs.stat_entry("", Entry("", is_dir=True))
+
+    lstat = stat
+
+    @answered
+    def getsize(self, path: str) -> int:
+        return self.vfs.lookup(self._path(path)).size
+
+    @answered
+    def getmtime(self, path: str) -> float:
+        return float(self.vfs.stat(self._path(path)).st_mtime)
+
+    # pyftpdlib asks these outside its own error handling, where an exception ends the session. When the store cannot be
+    # asked they say yes, and the call that follows, which is guarded, tells the client why.
+
+    def isfile(self, path: str) -> bool:
+        return self._asked(lambda: self.vfs.isfile(self._path(path)))
+
+    def isdir(self, path: str) -> bool:
+        return path == self.root or self._asked(lambda: self.vfs.isdir(self._path(path)))
+
+    def lexists(self, path: str) -> bool:
+        return path == self.root or self._asked(lambda: self.vfs.exists(self._path(path)))
+
+    def _asked(self, question: Callable[[], bool]) -> bool:
+        try:
+            return question()
+        except OSError as error:
+            logger.debug("%s", error)
+            return error.errno not in {errno.EINVAL, errno.ENAMETOOLONG}
+
+    def islink(self, path: str) -> bool:
+        return False
+
+    @answered
+    def readlink(self, path: str) -> str:
+        raise failure(errno.EINVAL, path, "Not a symbolic link")
+
+    def get_user_by_uid(self, uid: int) -> str:
+        return "ftp" if self.vfs.options.uid is None else str(uid)
+
+    def get_group_by_gid(self, gid: int) -> str:
+        return "ftp" if self.vfs.options.gid is None else str(gid)
+
+    # --- listings
+
+    def format_list(self, basedir: str, listing: Iterable[str], ignore_err: bool = True) -> Iterator[bytes]:
+        """Yield `ls -lA` lines, several at a time. What `listdir` gave is not asked for again."""
+        now = time.time()
+        key = ("LIST", self._gmt, self._encoding, int(now // 86400))
+        return self._rendered(basedir, listing, key, self._list_line(now), ignore_err)
+
+    def format_mlsx(
+        self, basedir: str, listing: Iterable[str], perms: str, facts: Iterable[str], ignore_err: bool = True
+    ) -> Iterator[bytes]:
+        """Yield MLSx lines (RFC 3659, section 7), several at a time. What `listdir` gave is not asked for again."""
+        key = ("MLSX", self._gmt, self._encoding, perms, frozenset(facts))
+        return self._rendered(basedir, listing, key, self._mlsx_line(perms, set(facts)), ignore_err)
+
+    @property
+    def _gmt(self) -> bool:
+        return bool(self.cmd_channel.use_gmt_times)
+
+    @property
+    def _encoding(self) -> tuple[str, str]:
+        return (self.cmd_channel.encoding, self.cmd_channel.unicode_errors)
+
+    def _rendered(
+        self,
+        basedir: str,
+        listing: Iterable[str],
+        key: Any,
+        line: Callable[[str, Any], str],
+        ignore_err: bool,
+    ) -> Iterator[bytes]:
+        if isinstance(listing, Names):
+            text = listing.listing.rendered.get(key)
+            if text is None:
+                text = self._render(basedir, listing.listing, line)
+                if len(text) <= KEPT_RENDERING:
+                    listing.listing.rendered[key] = text
+            return iter([text[start : start + PIECE] for start in range(0, len(text), PIECE)])
+        # Evaluated now, not when the data connection asks: pyftpdlib handles errors here and nowhere later.
+        return iter([self._encode(self._one_line(basedir, name, line, ignore_err)) for name in listing])
+
+    def _render(self, basedir: str, listing: Listing, line: Callable[[str, Any], str]) -> bytes:
+        folder = self._path(basedir)
+        stat_entry = self.vfs.stat_entry
+        lines = [line(entry.name, stat_entry(paths.join(folder, entry.name), entry)) for entry in listing]
+        return self._encode("".join(lines))
+
+    def _one_line(self, basedir: str, name: str, line: Callable[[str, Any], str], ignore_err: bool) -> str:
+        try:
+            return line(name, self.lstat(posixpath.join(basedir, name)))
+        except FilesystemError:
+            if not ignore_err:
+                raise
+            return ""
+
+    def _encode(self, text: str) -> bytes:
+        return text.encode(*self._encoding)
+
+    def _list_line(self, now: float) -> Callable[[str, Any], str]:
+        broken_down = time.gmtime if self._gmt else time.localtime
+        user, group = self.get_user_by_uid, self.get_group_by_gid
+
+        def line(name: str, info: Any) -> str:
+            when = broken_down(info.st_mtime)
+            old = now - info.st_mtime > SIX_MONTHS
+            hour = f" {when.tm_year}" if old else f"{when.tm_hour:02}:{when.tm_min:02}"
+            return (
+                f"{stat.filemode(info.st_mode)} {info.st_nlink:>3} {user(info.st_uid):<8} {group(info.st_gid):<8}"
+                f" {info.st_size:>8} {MONTHS[when.tm_mon]} {when.tm_mday:02} {hour} {name}\r\n"
+            )
+
+        return line
+
+    def _mlsx_line(self, perms: str, facts: set[str]) -> Callable[[str, Any], str]:
+        broken_down = time.gmtime if self._gmt else time.localtime
+        folder_perms = "".join(letter for letter in perms if letter not in "arw")
+        folder_perms += ("c" if set("waf") & set(perms) else "") + ("p" if "d" in perms else "")
+        file_perms = "".join(letter for letter in perms if letter not in "celmp")
+
+        def line(name: str, info: Any) -> str:
+            is_dir = stat.S_ISDIR(info.st_mode)
+            when = broken_down(info.st_mtime)
+            known = {
+                "type": "dir" if is_dir else "file",
+                "perm": folder_perms if is_dir else file_perms,
+                "size": info.st_size,
+                "modify": "%04d%02d%02d%02d%02d%02d" % when[:6],
+                "unix.mode": f"0{info.st_mode & 0o777:o}",
+                "unix.uid": info.st_uid,
+                "unix.gid": info.st_gid,
+                "unique": f"{info.st_dev:x}g{info.st_ino:x}",
+            }
+            shown = "".join(f"{fact}={known[fact]};" for fact in sorted(facts & known.keys()))
+            return f"{shown} {name}\r\n"
+
+        return line
+
+
+class ClosePublishes:
+    """A written file for a data channel that knows no `commit`: `close` publishes what pyftpdlib calls finished.
+
+    Weaker than `VFSDTPHandler`: pyftpdlib calls an upload finished, too, when the connection was reset. What failed is
+    still answered with an error instead of silence, through the reply that the channel is about to send.
+    """
+
+    def __init__(self, handle: WriteHandle, cmd_channel: Any) -> None:
+        self._handle = handle
+        self._cmd_channel = cmd_channel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
+
+    def close(self) -> None:
+        """Publish the file, or give it up where the transfer did not end by itself."""
+        channel = self._cmd_channel.data_channel if self._cmd_channel is not None else None
+        if self._handle.closed:
+            return
+        if channel is None or not channel.transfer_finished:
+            self._handle.abandon()
+            return
+        try:
+            self._handle.commit()
+        except OSError as error:
+            channel.transfer_finished = False
+            channel._resp = (f"451 {reason_of(error)}.", logger.warning)

@@ -1,0 +1,1 @@
+"""The FTP side: control connections, data connections, and how they run."""

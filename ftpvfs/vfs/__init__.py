@@ -1,0 +1,1 @@
+"""The virtual filesystem: paths, listings, open files."""

@@ -1,0 +1,99 @@
+"""Which kind of handle an open gives: cache mode x flags -> kind or errno. Pure; the only place that compares modes.
+
+The rules are rclone's (`vfs/file.go`, `vfs/open_test.go`, and the documentation's section on each mode).
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+
+from ftpvfs.errors import failure
+
+
+class CacheMode(enum.IntEnum):
+    """How much goes through the disk; each does all that the one before it does."""
+
+    OFF = 0
+    MINIMAL = 1
+    WRITES = 2
+    FULL = 3
+
+
+class HandleKind(enum.Enum):
+    """The kinds of open file."""
+
+    READ = "streamed from the store"
+    WRITE = "streamed to the store, published whole"
+    CACHED = "read and written through the cache"
+
+
+# Python's mode letters as the flags of open(2).
+MODES = {
+    "r": os.O_RDONLY,
+    "r+": os.O_RDWR,
+    "w": os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+    "w+": os.O_RDWR | os.O_CREAT | os.O_TRUNC,
+    "a": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+    "a+": os.O_RDWR | os.O_CREAT | os.O_APPEND,
+    "x": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+    "x+": os.O_RDWR | os.O_CREAT | os.O_EXCL,
+}
+
+
+def flags_of(mode: str | int) -> int:
+    """Return the `os.O_*` flags of a Python mode string (binary only), or the flags themselves.
+
+    >>> flags_of("rb") == os.O_RDONLY
+    True
+    """
+    if isinstance(mode, int):
+        return mode
+    letters = mode.replace("b", "", 1)
+    if letters not in MODES or "b" not in mode:
+        raise ValueError(f"mode {mode!r}: write one of {', '.join(sorted(key + 'b' for key in MODES))}")
+    return MODES[letters]
+
+
+def writes(flags: int) -> bool:
+    """Tell whether the flags ask for writing, truncating or creating."""
+    return flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & (os.O_TRUNC | os.O_CREAT))
+
+
+def handle_kind(mode: CacheMode, flags: int, path: str, *, exists: bool) -> HandleKind:
+    """Return the kind of handle for a file that exists or not; raise what the system would, or the mode's refusal."""
+    access = flags & os.O_ACCMODE
+    if access == os.O_RDONLY and flags & os.O_TRUNC:
+        raise failure(errno.EINVAL, path, "Truncating needs write access")
+    if not exists and not flags & os.O_CREAT:
+        raise failure(errno.ENOENT, path)
+    if exists and flags & os.O_CREAT and flags & os.O_EXCL:
+        raise failure(errno.EEXIST, path)
+    if access == os.O_RDONLY:
+        if not exists and mode < CacheMode.WRITES:
+            # rclone hands out an empty reader here; without a cache there is no place for a file nobody writes.
+            raise failure(errno.ENOENT, path)
+        return HandleKind.CACHED if mode >= CacheMode.FULL or not exists else HandleKind.READ
+    empty = not exists or bool(flags & os.O_TRUNC)
+    if access == os.O_WRONLY:
+        return _write_only(mode, path, empty=empty)
+    return _read_write(mode, path, empty=empty)
+
+
+def _write_only(mode: CacheMode, path: str, *, empty: bool) -> HandleKind:
+    if mode >= CacheMode.WRITES:
+        return HandleKind.CACHED
+    if empty:
+        return HandleKind.WRITE
+    if mode >= CacheMode.MINIMAL:
+        return HandleKind.CACHED  # the whole file is fetched first, and uploaded at close
+    raise failure(errno.EPERM, path, "Changing part of a file needs --vfs-cache-mode minimal or more")
+
+
+def _read_write(mode: CacheMode, path: str, *, empty: bool) -> HandleKind:
+    if mode >= CacheMode.MINIMAL:
+        return HandleKind.CACHED
+    if empty:
+        return HandleKind.WRITE  # as rclone: there is nothing to read yet
+    raise failure(errno.EPERM, path, "Reading and writing one file needs --vfs-cache-mode minimal or more")

@@ -1,0 +1,737 @@
+"""VFS: one store as a filesystem. All that the FTP side, the remote control and embedding programs see.
+
+A VFS may be made before a fork and used after it: whatever cannot cross one (the store's connections, the index, caches,
+threads) is made when it is first needed in each process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from ftpvfs import paths
+from ftpvfs.backend.backend import Backend, Entry, Tuning, Upload, display_url, open_backend, protocol_of
+from ftpvfs.cache.index import Index, cache_name
+from ftpvfs.clock import SYSTEM_CLOCK, Clock
+from ftpvfs.config import VFSOptions, vfs_options
+from ftpvfs.errors import EUNSUPPORTED, failure
+from ftpvfs.memory import MemoryBudget
+from ftpvfs.vfs.dircache import DirCache, Listing
+from ftpvfs.vfs.handle import FileHandle, Handle, ReadHandle, WriteHandle
+from ftpvfs.vfs.openmode import CacheMode, HandleKind, flags_of, handle_kind, writes
+from ftpvfs.vfs.readahead import ChunkPolicy, ReadAhead
+from ftpvfs.vfs.tree import move_tree
+
+logger = logging.getLogger(__name__)
+
+# What statvfs shows where neither the store nor the user says: rclone's 1 PiB.
+UNKNOWN_SPACE = 2**50
+BLOCK = 4096
+
+
+class VFS:
+    """A filesystem over one store. Any thread, any process; every failure is an OSError with an errno and the path.
+
+    `url` is any fsspec URL or a local folder, `storage_options` are fsspec's for it. The keywords are the flags without
+    `vfs-` and with `_` for `-` (`dir_cache_time="5m"`); numbers count seconds or bytes. `options` takes them ready made.
+    The store is not contacted before the first use; `start` does so and says what is wrong.
+    """
+
+    def __init__(
+        self,
+        url: str = ".",
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        options: VFSOptions | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+        **keywords: Any,
+    ) -> None:
+        if options is not None and keywords:
+            raise TypeError("pass either options or keywords")
+        self.options = options or vfs_options(**keywords)
+        self.name = display_url(url)
+        self._url = url
+        self._storage_options = dict(storage_options or {})
+        self._clock = clock
+        self._mode = CacheMode[self.options.cache_mode.upper()]
+        self._started = clock.time()
+        self._lock = threading.Lock()
+        self._core: _Core | None = None
+        self._pid = os.getpid()
+        self._uid = os.getuid() if self.options.uid is None else self.options.uid
+        self._gid = os.getgid() if self.options.gid is None else self.options.gid
+        self._dir_mode = stat.S_IFDIR | (self.options.dir_perms & ~self.options.umask)
+        self._file_mode = stat.S_IFREG | (self.options.file_perms & ~self.options.umask)
+
+    def __repr__(self) -> str:
+        return f"<VFS {self.name}>"
+
+    # --- life
+
+    @property
+    def core(self) -> _Core:
+        """What this process has open for the store; made now where it is not there yet."""
+        if self._pid != os.getpid():  # the parent's connections, threads and locks mean nothing here
+            self._lock = threading.Lock()
+            self._core = None
+            self._pid = os.getpid()
+        core = self._core
+        if core is None:
+            with self._lock:
+                core = self._core = self._core or _Core(self._url, self._storage_options, self.options, self._clock)
+        return core
+
+    def start(self) -> None:
+        """Contact the store; raise what is wrong with the bucket, the credentials, the folder or the protocol.
+
+        ValueError for a protocol nobody knows, ImportError for one whose package is missing, else OSError.
+        """
+        self.core.backend.check()
+        if self.options.refresh:
+            self.core.background("ftpvfs-refresh", lambda: self.refresh(recursive=True))
+
+    def close(self) -> None:
+        """Release connections, threads and files. The VFS opens them again when it is used again."""
+        with self._lock:
+            core, self._core = self._core, None
+        if core is not None:
+            core.close()
+
+    def __enter__(self) -> VFS:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # --- looking
+
+    def lookup(self, path: str) -> Entry:
+        """Return what is at the path. Raises ENOENT, and ENOTDIR below a file."""
+        path = paths.clean(path)
+        return self.core.dirs.lookup(path)
+
+    def stat(self, path: str) -> os.stat_result:
+        """Return the status of a file or folder, its true modification time included."""
+        path = self._real(path)
+        return self.stat_entry(path, self._with_mtime(path, self.core.dirs.lookup(path)))
+
+    lstat = stat
+
+    def stat_entry(self, path: str, entry: Entry) -> os.stat_result:
+        """Return an entry of `path` as a stat_result."""
+        mtime = self._started if entry.mtime is None else entry.mtime
+        whole = int(mtime // 1)
+        return os.stat_result(
+            (
+                self._dir_mode if entry.is_dir else self._file_mode,
+                self.inode(path),
+                1,
+                2 if entry.is_dir else 1,
+                self._uid,
+                self._gid,
+                entry.size,
+                whole,
+                whole,
+                whole,
+            ),
+            {"st_atime": mtime, "st_mtime": mtime, "st_ctime": mtime, "st_mtime_ns": int(mtime * 1e9)},
+        )
+
+    def inode(self, path: str) -> int:
+        """Return a number that stands for the path, the same in all processes."""
+        return int.from_bytes(blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
+
+    def exists(self, path: str) -> bool:
+        """Tell whether there is anything at the path."""
+        try:
+            self.lookup(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def isdir(self, path: str) -> bool:
+        """Tell whether the path is a folder."""
+        try:
+            return self.lookup(path).is_dir
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def isfile(self, path: str) -> bool:
+        """Tell whether the path is a file."""
+        try:
+            return not self.lookup(path).is_dir
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def listdir(self, path: str = "") -> list[str]:
+        """Return the sorted names in a folder. Raises ENOENT and ENOTDIR."""
+        return list(self.listing(path).names)
+
+    def scandir(self, path: str = "") -> Iterator[DirEntry]:
+        """Yield the folder's entries with their status; no request for each."""
+        path = self._real(path)
+        for entry in self.timed_listing(path):
+            yield DirEntry(self, path, entry)
+
+    def listing(self, path: str = "") -> Listing:
+        """Return the folder's listing, shared and immutable. Raises ENOENT and ENOTDIR."""
+        path = self._real(path)
+        dirs = self.core.dirs
+        known = dirs.cached(path)
+        if known is not None:
+            return dirs.listing(path)
+        if path and not dirs.lookup(path).is_dir:
+            raise failure(errno.ENOTDIR, path)
+        return dirs.listing(path)
+
+    def timed_listing(self, path: str = "") -> Listing:
+        """Return the folder's listing with every true modification time filled in."""
+        listing = self.listing(path)
+        if not listing.timed:
+            self.core.fill_mtimes(self._real(path), listing)
+            listing.timed = True
+        return listing
+
+    def _with_mtime(self, path: str, entry: Entry) -> Entry:
+        if not entry.is_dir:
+            self.core.fill_mtimes(paths.split(path)[0], Listing({entry.name: entry}))
+        return entry
+
+    def statvfs(self, path: str = "") -> os.statvfs_result:
+        """Return the space at the store, as far as it or the user says."""
+        usage = None if self.options.disk_space_total_size else self.core.backend.usage()
+        total = usage.total if usage else self.options.disk_space_total_size or UNKNOWN_SPACE
+        free = usage.free if usage else total
+        blocks, left = total // BLOCK, free // BLOCK
+        return os.statvfs_result((BLOCK, BLOCK, blocks, left, left, 10**9, 10**9, 10**9, 0, paths.MAX_NAME_BYTES))
+
+    # --- opening
+
+    def open(
+        self, path: str, mode: str | int = "rb", *, name: str | None = None, autocommit: bool = True
+    ) -> Handle:
+        """Open a file; return a binary file object for one thread.
+
+        `mode` is a Python mode string or `os.O_*` flags. A file that is written appears whole when the handle is closed,
+        and not at all when a `with` block fails or the handle is forgotten; with `autocommit=False` only `commit()`
+        publishes. `name` is the handle's `name`, for who logs it. The store is not asked to write before the first byte.
+        """
+        path = self._real(path)
+        flags = flags_of(mode)
+        entry = self._existing(path)
+        if entry is not None and entry.is_dir:
+            raise failure(errno.EISDIR, path)
+        if writes(flags) and flags & os.O_ACCMODE != os.O_RDONLY:
+            self._check_writable(path)
+        kind = handle_kind(self._mode, flags, path, exists=entry is not None)
+        if kind is HandleKind.READ:
+            assert entry is not None
+            return self._open_read(path, name or path, entry)
+        return self._open_write(path, name or path, autocommit=autocommit)
+
+    def _existing(self, path: str) -> Entry | None:
+        try:
+            return self.core.dirs.lookup(path)
+        except FileNotFoundError:
+            return None
+
+    def _open_read(self, path: str, name: str, entry: Entry) -> Handle:
+        core = self.core
+        core.count["reads"] += 1
+        seekable = not self.options.no_seek
+        if core.backend.capability.opens_files:
+            return FileHandle(path, name, core.backend.open_file(path), seekable=seekable)
+
+        def open_at(version: Entry, offset: int) -> ReadAhead:
+            return ReadAhead(
+                lambda start, stop: core.backend.fetch(path, start, stop, version.fingerprint),
+                offset,
+                version.size,
+                core.policy,
+                core.memory,
+            )
+
+        def refresh() -> Entry:
+            version = core.backend.stat(path)
+            core.dirs.changed(path, version)
+            return version
+
+        # An empty file needs no request to be read, so nothing would notice that it is not empty any more.
+        return ReadHandle(path, name, entry if entry.size else refresh(), open_at, refresh, seekable=seekable)
+
+    def _open_write(self, path: str, name: str, *, autocommit: bool) -> Handle:
+        core = self.core
+        self._check_parent(path)
+        core.count["writes"] += 1
+
+        def begin() -> Upload:
+            return core.backend.upload(path, mtime=None if self.options.no_modtime else self._clock.time())
+
+        def publish(upload: Upload) -> None:
+            with core.writer(path):
+                entry = upload.commit()
+                core.dirs.changed(path, entry)
+
+        return WriteHandle(path, name, begin, publish, autocommit=autocommit)
+
+    # --- changing
+
+    def mkdir(self, path: str) -> None:
+        """Make one folder. It exists for everybody and survives a restart, also where the store has no folders."""
+        path = self._real(path)
+        self._check_writable(path)
+        if self._existing(path) is not None:
+            raise failure(errno.EEXIST, path)
+        self._check_parent(path)
+        core = self.core
+        if core.marks_folders:
+            core.backend.mkdir(path)
+        else:
+            core.index.add_folder(path)
+        core.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True, mtime=self._clock.time()))
+
+    def makedirs(self, path: str) -> None:
+        """Make a folder and those above it that are missing."""
+        path = self._real(path)
+        for folder in [*reversed(paths.ancestors(path)), path]:
+            if folder and not self.exists(folder):
+                with contextlib.suppress(FileExistsError):
+                    self.mkdir(folder)
+
+    def rmdir(self, path: str) -> None:
+        """Remove an empty folder. Raises ENOTEMPTY, ENOTDIR, ENOENT; EBUSY for the root."""
+        path = self._real(path)
+        self._check_writable(path)
+        if not path:
+            raise failure(errno.EBUSY, path, "The root cannot be removed")
+        core = self.core
+        if not core.dirs.lookup(path).is_dir:
+            raise failure(errno.ENOTDIR, path)
+        if core.dirs.listing(path, fresh=True):
+            raise failure(errno.ENOTEMPTY, path)
+        core.backend.rmdir(path)
+        if core.keeps_folders:
+            core.index.drop_folder(path)
+        core.dirs.changed(path, None)
+        core.keep_folder(paths.split(path)[0])
+
+    def remove(self, path: str) -> None:
+        """Delete a file. Raises EISDIR for a folder, ENOENT."""
+        path = self._real(path)
+        self._check_writable(path)
+        core = self.core
+        if core.dirs.lookup(path).is_dir:
+            raise failure(errno.EISDIR, path)
+        with core.writer(path):
+            core.backend.remove(path)
+            core.dirs.changed(path, None)
+        core.keep_folder(paths.split(path)[0])
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename a file or folder; a file that stands at the target is replaced, an empty folder too by a folder.
+
+        On a store that cannot rename, objects are copied, the copies looked at, and only then the old ones deleted.
+        """
+        source, target = self._real(source), self._real(target)
+        self._check_writable(source)
+        entry = self.core.dirs.lookup(source)
+        self._check_rename(source, target, entry)
+        if source == target:
+            return
+        if entry.is_dir:
+            self._rename_folder(source, target)
+        else:
+            self._rename_file(source, target, entry)
+        self.core.keep_folder(paths.split(source)[0])
+
+    def _check_rename(self, source: str, target: str, entry: Entry) -> None:
+        if not source or not target:
+            raise failure(errno.EBUSY, source, "The root cannot be renamed or replaced")
+        if entry.is_dir and target != source and paths.is_within(target, source):
+            raise failure(errno.EINVAL, source, "A folder cannot be moved into itself")
+        self._check_parent(target)
+        there = self._existing(target)
+        if there is None or source == target:
+            return
+        if there.is_dir and not entry.is_dir:
+            raise failure(errno.EISDIR, target)
+        if entry.is_dir and not there.is_dir:
+            raise failure(errno.ENOTDIR, target)
+        if there.is_dir and self.core.dirs.listing(target, fresh=True):
+            raise failure(errno.ENOTEMPTY, target)
+
+    def _rename_file(self, source: str, target: str, entry: Entry) -> None:
+        core = self.core
+        name = paths.split(target)[1]
+        with core.writer(*sorted((source, target))):
+            if core.backend.capability.renames_files:
+                core.backend.rename(source, target)
+                renamed = core.backend.stat(target)
+            else:
+                renamed = core.backend.copy(source, target)
+                try:
+                    core.backend.remove(source)
+                except OSError as error:
+                    core.dirs.changed(target, renamed)
+                    reason = f"It is at {target!r} now, but the old name could not be removed: {error.strerror}"
+                    raise failure(error.errno or errno.EIO, source, reason) from error
+            core.dirs.changed(source, None)
+            renamed = Entry(name, False, renamed.size, renamed.mtime, renamed.fingerprint)
+            if not core.backend.capability.sets_mtime and entry.mtime is not None:
+                renamed = core.set_mtime(target, renamed, entry.mtime)
+            core.dirs.changed(target, renamed)
+
+    def _rename_folder(self, source: str, target: str) -> None:
+        core = self.core
+        if core.backend.capability.renames_directories:
+            core.backend.rename(source, target)
+        else:
+            self._move_tree(source, target)
+        core.dirs.changed(source, None)
+        core.dirs.forget(target)
+        core.dirs.changed(target, Entry(paths.split(target)[1], is_dir=True, mtime=self._clock.time()))
+
+    def _move_tree(self, source: str, target: str) -> None:
+        core = self.core
+        try:
+            if core.backend.capability.real_directories:
+                self._copy_folders(source, target)
+            move_tree(
+                core.backend, source, target, limit=self.options.max_rename_objects, workers=self.options.checkers
+            )
+        except OSError:
+            for path in (source, target):
+                core.dirs.forget(path)
+            raise
+        if core.backend.capability.real_directories:
+            self._remove_folders(source)
+            return
+        core.backend.rmdir(source)  # some stores (SeaweedFS) go on listing a prefix that has lost its last object
+        if core.keeps_folders:
+            core.index.move_folder(source, target)
+
+    def _copy_folders(self, source: str, target: str) -> None:
+        if not self.exists(target):
+            self.core.backend.mkdir(target)
+        for entry in self.core.backend.list(source):
+            if entry.is_dir:
+                self._copy_folders(paths.join(source, entry.name), paths.join(target, entry.name))
+
+    def _remove_folders(self, path: str) -> None:
+        for entry in self.core.backend.list(path):
+            if entry.is_dir:
+                self._remove_folders(paths.join(path, entry.name))
+        self.core.backend.rmdir(path)
+
+    def utime(self, path: str, times: tuple[float, float] | None = None) -> None:
+        """Set the modification time (`times` is (access, modification), None is now). It is there when this returns."""
+        path = self._real(path)
+        self._check_writable(path)
+        if self.options.no_modtime:
+            raise failure(EUNSUPPORTED, path, "Modification times are switched off (--no-modtime)")
+        core = self.core
+        mtime = self._clock.time() if times is None else float(times[1])
+        with core.writer(path):
+            entry = core.dirs.lookup(path)
+            if not entry.is_dir:
+                core.dirs.changed(path, core.set_mtime(path, entry, mtime))
+
+    def truncate(self, path: str, size: int) -> None:
+        """Make a file `size` bytes long. Without a cache only 0 and the length it has."""
+        path = self._real(path)
+        self._check_writable(path)
+        entry = self.core.dirs.lookup(path)
+        if entry.is_dir:
+            raise failure(errno.EISDIR, path)
+        if size == entry.size:
+            return
+        if size:
+            raise failure(errno.EPERM, path, "Truncating needs --vfs-cache-mode minimal or more")
+        self.open(path, "wb").close()
+
+    # --- the directory cache
+
+    def forget(self, path: str = "") -> None:
+        """Drop what is cached at and below the folder; the store is asked when somebody wants it."""
+        self.core.dirs.forget(paths.clean(path))
+
+    def refresh(self, path: str = "", *, recursive: bool = False) -> None:
+        """Read the folder again now, and those below it where `recursive`."""
+        path = self._real(path)
+        listing = self.core.dirs.listing(path, fresh=True)
+        if recursive:
+            for entry in listing:
+                if entry.is_dir and self.core.is_open:
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                        self.refresh(paths.join(path, entry.name), recursive=True)
+
+    # --- what is going on
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters and sizes for people and monitors."""
+        core = self.core
+        return {
+            "store": self.name,
+            "cache_mode": self.options.cache_mode,
+            "directories": core.dirs.counts(),
+            "buffer_memory": core.memory.used,
+            "opened": dict(core.count),
+        }
+
+    def queue(self) -> list[dict[str, Any]]:
+        """Return the uploads that wait or run. Without a cache there are none: a reply waits for its upload."""
+        return []
+
+    def sync(self) -> None:
+        """Return when every acknowledged byte is in the store. Without a cache it is already."""
+
+    # --- checks
+
+    def _real(self, path: str) -> str:
+        return self.core.dirs.real_name(paths.clean(path))
+
+    def _check_writable(self, path: str) -> None:
+        if self.options.read_only:
+            raise failure(errno.EROFS, path, "This server is read-only (--read-only)")
+        if not self.core.backend.capability.writes:
+            raise failure(errno.EROFS, path, "The store is read-only")
+
+    def _check_parent(self, path: str) -> None:
+        parent = paths.split(path)[0]
+        if parent and not self.core.dirs.lookup(parent).is_dir:
+            raise failure(errno.ENOTDIR, parent)
+
+
+class DirEntry:
+    """One entry of a folder, like `os.DirEntry`."""
+
+    __slots__ = ("_entry", "_folder", "_vfs")
+
+    def __init__(self, vfs: VFS, folder: str, entry: Entry) -> None:
+        self._vfs = vfs
+        self._folder = folder
+        self._entry = entry
+
+    @property
+    def name(self) -> str:
+        """The name in its folder."""
+        return self._entry.name
+
+    @property
+    def path(self) -> str:
+        """The whole path in the VFS."""
+        return paths.join(self._folder, self._entry.name)
+
+    def is_dir(self) -> bool:
+        """Tell whether it is a folder."""
+        return self._entry.is_dir
+
+    def is_file(self) -> bool:
+        """Tell whether it is a file."""
+        return not self._entry.is_dir
+
+    def stat(self) -> os.stat_result:
+        """Return the status; nothing is asked of the store."""
+        return self._vfs.stat_entry(self.path, self._entry)
+
+    def __repr__(self) -> str:
+        return f"<DirEntry {self.name!r}>"
+
+
+class _Core:
+    """What one process has open for one store. Any thread; never carried across a fork."""
+
+    def __init__(
+        self, url: str, storage_options: Mapping[str, Any], options: VFSOptions, clock: Clock
+    ) -> None:
+        self.options = options
+        self.memory = MemoryBudget(options.max_buffer_memory)
+        self.backend = self._open_backend(url, storage_options)
+        self.policy = ChunkPolicy.from_options(
+            buffer_size=options.buffer_size,
+            chunk=options.read_chunk_size,
+            limit=options.read_chunk_size_limit,
+            streams=options.read_chunk_streams,
+        )
+        self.dirs = DirCache(
+            self._list,
+            self._stat,
+            max_age=options.dir_cache_time,
+            fold_case=options.case_insensitive,
+            fold_unicode=not options.no_unicode_normalization,
+            clock=clock,
+        )
+        self.count: Counter[str] = Counter()
+        self.marks_folders = self.backend.capability.real_directories or options.dir_markers
+        self.keeps_folders = not self.marks_folders
+        self._clock = clock
+        self._index_folder = Path(options.cache_dir) / (options.name or cache_name([protocol_of(url), self.backend.root]))
+        self._lock = threading.Lock()
+        self._index: Index | None = None
+        self._writers: dict[str, tuple[threading.Lock, int]] = {}
+        self._closing = threading.Event()
+        self._threads: list[threading.Thread] = []
+        if options.poll_interval:
+            self.background("ftpvfs-poll", self._poll)
+
+    def _open_backend(self, url: str, storage_options: Mapping[str, Any]) -> Backend:
+        options = self.options
+        tuning = Tuning(
+            low_level_retries=options.low_level_retries,
+            connect_timeout=options.contimeout or 0.0,
+            read_timeout=options.timeout or 0.0,
+            checkers=options.checkers,
+            verify=not options.no_checksum,
+            server_mtime=options.use_server_modtime or options.no_modtime,
+            follow_links=options.copy_links,
+            memory=self.memory,
+        )
+        return open_backend(url, storage_options, tuning)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `close` has not been called."""
+        return not self._closing.is_set()
+
+    def close(self) -> None:
+        """Stop the threads and release everything."""
+        self._closing.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=10)
+        self.backend.close()
+        with self._lock:
+            if self._index is not None:
+                self._index.close()
+
+    def background(self, name: str, work: Any) -> None:
+        """Run `work` in a thread that ends by itself soon after `close`."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # a background failure is told, and tried again when somebody asks
+                logger.warning("%s: %s", name, error)
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    @property
+    def index(self) -> Index:
+        """The records on disk; a store that knows all by itself never needs them."""
+        with self._lock:
+            if self._index is None:
+                self._index = Index(self._index_folder)
+            return self._index
+
+    @contextlib.contextmanager
+    def writer(self, *names: str) -> Iterator[None]:
+        """Be the one writer of each path, in this process: a commit, a delete and a rename of one object take turns."""
+        with contextlib.ExitStack() as held:
+            for path in dict.fromkeys(names):
+                held.enter_context(self._one_writer(path))
+            yield
+
+    @contextlib.contextmanager
+    def _one_writer(self, path: str) -> Iterator[None]:
+        with self._lock:
+            lock, users = self._writers.get(path, (threading.Lock(), 0))
+            self._writers[path] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                lock, users = self._writers[path]
+                if users == 1:
+                    del self._writers[path]
+                else:
+                    self._writers[path] = (lock, users - 1)
+
+    # --- the store's answers, with what it cannot know
+
+    def _list(self, path: str) -> list[Entry]:
+        made = self.index.made_folders(path) if self.keeps_folders else set()
+        try:
+            entries = self.backend.list(path)
+        except FileNotFoundError:
+            if not self.keeps_folders or not (made or self.index.is_made(path)):
+                raise
+            entries = []
+        made -= {entry.name for entry in entries}
+        return entries + [Entry(name, is_dir=True) for name in made]
+
+    def _stat(self, path: str) -> Entry:
+        try:
+            return self.backend.stat(path)
+        except FileNotFoundError:
+            if self.keeps_folders and (self.index.is_made(path) or self.index.made_folders(path)):
+                return Entry(paths.split(path)[1], is_dir=True)
+            raise
+
+    def keep_folder(self, path: str) -> None:
+        """Let a folder outlive its last file where the store would let it go with it."""
+        if not path or self.backend.capability.real_directories:
+            return
+        if self.keeps_folders:
+            self.index.add_folder(path)
+        elif not self.dirs.listing(path, fresh=True):
+            self.backend.mkdir(path)
+        self.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True))
+
+    def fill_mtimes(self, folder: str, listing: Listing) -> None:
+        """Fill in modification times: what is remembered of the version, else what the store says, asked once each."""
+        capability = self.backend.capability
+        if self.options.no_modtime or self.options.use_server_modtime or not self._remembers_mtimes(capability):
+            return
+        unknown = [entry for entry in listing if not entry.is_dir and (capability.lists_mtime or entry.mtime is None)]
+        if not unknown:
+            return
+        known = self.index.mtimes(folder)
+        for entry in unknown:
+            fingerprint, mtime = known.get(entry.name, (None, None))
+            if mtime is not None and fingerprint == entry.fingerprint:
+                entry.mtime = mtime
+        missing = [entry for entry in unknown if entry.mtime is None]
+        if not missing or capability.lists_mtime:
+            return
+        self.backend.true_mtimes(folder, missing)
+        times = {e.name: (e.fingerprint, e.mtime) for e in listing if not e.is_dir and e.mtime is not None}
+        self.index.remember_mtimes(folder, {**known, **times} if len(listing) == 1 else times)
+
+    def _remembers_mtimes(self, capability: Any) -> bool:
+        return not capability.lists_mtime or (capability.writes and not capability.sets_mtime)
+
+    def set_mtime(self, path: str, entry: Entry, mtime: float) -> Entry:
+        """Give the file a modification time, at the store or, where that has none, in the index."""
+        if self.backend.capability.sets_mtime:
+            return self.backend.set_mtime(path, mtime)
+        self.index.remember_mtime(path, entry.fingerprint, mtime)
+        return Entry(entry.name, False, entry.size, mtime, entry.fingerprint)
+
+    # --- polling
+
+    def _poll(self) -> None:
+        """Re-read the folders in use, for stores that do not tell of changes; let go of those that are not."""
+        interval = self.options.poll_interval or 0.0
+        while not self._clock.wait(self._closing, interval):
+            self.dirs.sweep()
+            for path in self.dirs.in_use(interval):
+                if self._closing.is_set():
+                    return
+                try:
+                    self.dirs.listing(path, fresh=True)
+                except FileNotFoundError:
+                    self.dirs.forget(path)
+                except OSError as error:  # the store is away; what is cached stays until it is too old
+                    logger.info("polling %r: %s", path, error)
