@@ -13,7 +13,7 @@ READ = "elr"
 ALL = "elradfmwMT"
 
 
-class VFSAuthorizer(DummyAuthorizer):  # type: ignore[misc]
+class VFSAuthorizer(DummyAuthorizer):
     """Users with homes in a VFS (`/`, `/alice`). Nothing is looked up on the server's own disk."""
 
     def add_user(
@@ -32,9 +32,7 @@ class VFSAuthorizer(DummyAuthorizer):  # type: ignore[misc]
         """
         if self.has_user(username):
             raise ValueError(f"user {username!r} already exists")
-        unknown = set(perm) - set(ALL)
-        if unknown:
-            raise ValueError(f"no such permission {min(unknown)!r}; the letters are {ALL}")
+        _check_letters(perm)
         self.user_table[username] = {
             "pwd": password,
             "home": paths.normalize(homedir),
@@ -50,6 +48,7 @@ class VFSAuthorizer(DummyAuthorizer):  # type: ignore[misc]
 
     def override_perm(self, username: str, directory: str, perm: str, recursive: bool = False) -> None:
         """Give a user other permissions in a folder below the home, and below that folder where `recursive`."""
+        _check_letters(perm)
         directory = paths.normalize(directory)
         home = self.get_home_dir(username)
         if directory == home:
@@ -82,3 +81,9 @@ class VFSAuthorizer(DummyAuthorizer):  # type: ignore[misc]
         same = hmac.compare_digest(password.encode("utf-8", "surrogateescape"), expected.encode())
         if user is None or not same:
             raise AuthenticationFailed("Authentication failed.")
+
+
+def _check_letters(perm: str) -> None:
+    unknown = set(perm) - set(ALL)
+    if unknown:
+        raise ValueError(f"no such permission {min(unknown)!r}; the letters are {ALL}")

@@ -1,7 +1,8 @@
-"""What pyftpdlib asks of a filesystem, answered by a VFS: ftp paths become VFS calls, and nothing else is decided here.
+"""What pyftpdlib asks of a filesystem, answered by a VFS: ftp paths become VFS calls, no more is decided here.
 
-pyftpdlib calls "real path" what the authorizer's home and `ftp2fs` give: here an absolute path inside the VFS (`/alice/a`).
-Nothing touches the server's own disk, and no path leaves the home: all conversions are textual, since the VFS has no links.
+pyftpdlib calls "real path" what the authorizer's home and `ftp2fs` give: here an absolute path inside the VFS
+(`/alice/a`). Nothing touches the server's own disk, and no path leaves the home: all conversions are textual, since
+the VFS has no links.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
 
 MONTHS = ("", "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-# Older files show their year instead of the hour, as in ls and proftpd.
-SIX_MONTHS = 180 * 86400
-# A listing that does not change is rendered once, unless it is so large that keeping the text costs more than making it.
+# Files that are older, or of the future, show their year instead of the hour, as in ls and proftpd.
+DAY = 86400
+SIX_MONTHS = 180 * DAY
+# A listing that does not change is rendered once, unless keeping its text costs more than making it.
 KEPT_RENDERING = 4 * 2**20
 PIECE = 16 * 1024
 
 
-class ClientError(FilesystemError):  # type: ignore[misc]
+class ClientError(FilesystemError):
     """A failed call in words for the client. `errno` is the failure's own, for who picks the reply's code."""
 
     def __init__(self, error: OSError) -> None:
@@ -47,7 +49,7 @@ class ClientError(FilesystemError):  # type: ignore[misc]
 
 
 def answered(method: F) -> F:
-    """Turn an OSError of the VFS into what pyftpdlib sends to the client; tell the session's handler, if it wants to know."""
+    """Turn an OSError of the VFS into what pyftpdlib sends to the client, and tell the session's handler of it."""
 
     @wraps(method)
     def wrapper(self: VFSFilesystem, *args: Any, **kwargs: Any) -> Any:
@@ -62,14 +64,14 @@ def answered(method: F) -> F:
 
 
 class Names(list[str]):
-    """A folder's names, as pyftpdlib passes them from `listdir` to `format_list`, with the listing that they came from."""
+    """A folder's names, as pyftpdlib passes them from `listdir` to `format_list`, with the listing they came from."""
 
     def __init__(self, listing: Listing) -> None:
         super().__init__(listing.names)
         self.listing = listing
 
 
-class VFSFilesystem(AbstractedFS):  # type: ignore[misc]
+class VFSFilesystem(AbstractedFS):
     """A pyftpdlib filesystem over a VFS. Subclass it and set `vfs`; one instance serves one session."""
 
     vfs: ClassVar[VFS]
@@ -140,12 +142,10 @@ class VFSFilesystem(AbstractedFS):  # type: ignore[misc]
         return self._for_channel(handle)
 
     def _for_channel(self, handle: Handle) -> Any:
-        if isinstance(handle, WriteHandle) and not self._commits():
-            return ClosePublishes(handle, self.cmd_channel)
-        return handle
+        return handle if self._commits() else StockFile(handle, self.cmd_channel)
 
     @answered
-    def mkstemp(self, suffix: str = "", prefix: str = "", dir: str | None = None, mode: str = "wb") -> Any:
+    def mkstemp(self, suffix: str = "", prefix: str = "", dir: str | None = None, mode: str = "wb") -> Any:  # noqa: A002
         self._make_home()
         folder = self.root if dir is None else dir
         for _ in range(50):
@@ -195,6 +195,8 @@ class VFSFilesystem(AbstractedFS):  # type: ignore[misc]
 
     @answered
     def rename(self, src: str, dst: str) -> None:
+        if dst == self.root:
+            raise failure(errno.EINVAL, dst, "The home folder cannot be replaced")
         self.vfs.rename(self._path(src), self._path(dst))
 
     @answered
@@ -289,7 +291,8 @@ class VFSFilesystem(AbstractedFS):  # type: ignore[misc]
         line: Callable[[str, Any], str],
         ignore_err: bool,
     ) -> Iterator[bytes]:
-        if isinstance(listing, Names):
+        # A subclass may have taken names out of what `listdir` gave.
+        if isinstance(listing, Names) and listing == listing.listing.names:
             text = listing.listing.rendered.get(key)
             if text is None:
                 text = self._render(basedir, listing.listing, line)
@@ -316,13 +319,20 @@ class VFSFilesystem(AbstractedFS):  # type: ignore[misc]
     def _encode(self, text: str) -> bytes:
         return text.encode(*self._encoding)
 
+    def _broken_down(self, seconds: float) -> time.struct_time:
+        convert = time.gmtime if self._gmt else time.localtime
+        try:
+            return convert(seconds)
+        except (OverflowError, ValueError, OSError):  # a time out of this world, as anybody can write into metadata
+            return convert(0)
+
     def _list_line(self, now: float) -> Callable[[str, Any], str]:
-        broken_down = time.gmtime if self._gmt else time.localtime
+        broken_down = self._broken_down
         user, group = self.get_user_by_uid, self.get_group_by_gid
 
         def line(name: str, info: Any) -> str:
             when = broken_down(info.st_mtime)
-            old = now - info.st_mtime > SIX_MONTHS
+            old = not -DAY < now - info.st_mtime < SIX_MONTHS  # a clock may be a little wrong
             hour = f" {when.tm_year}" if old else f"{when.tm_hour:02}:{when.tm_min:02}"
             return (
                 f"{stat.filemode(info.st_mode)} {info.st_nlink:>3} {user(info.st_uid):<8} {group(info.st_gid):<8}"
@@ -332,7 +342,7 @@ class VFSFilesystem(AbstractedFS):  # type: ignore[misc]
         return line
 
     def _mlsx_line(self, perms: str, facts: set[str]) -> Callable[[str, Any], str]:
-        broken_down = time.gmtime if self._gmt else time.localtime
+        broken_down = self._broken_down
         folder_perms = "".join(letter for letter in perms if letter not in "arw")
         folder_perms += ("c" if set("waf") & set(perms) else "") + ("p" if "d" in perms else "")
         file_perms = "".join(letter for letter in perms if letter not in "celmp")
@@ -344,7 +354,7 @@ class VFSFilesystem(AbstractedFS):  # type: ignore[misc]
                 "type": "dir" if is_dir else "file",
                 "perm": folder_perms if is_dir else file_perms,
                 "size": info.st_size,
-                "modify": "%04d%02d%02d%02d%02d%02d" % when[:6],
+                "modify": "%04d%02d%02d%02d%02d%02d" % when[:6],  # noqa: UP031 - twice as fast
                 "unix.mode": f"0{info.st_mode & 0o777:o}",
                 "unix.uid": info.st_uid,
                 "unix.gid": info.st_gid,
@@ -356,30 +366,58 @@ class VFSFilesystem(AbstractedFS):  # type: ignore[misc]
         return line
 
 
-class ClosePublishes:
-    """A written file for a data channel that knows no `commit`: `close` publishes what pyftpdlib calls finished.
+class StockFile:
+    """An open file for a data channel that knows no `commit`: `close` publishes what pyftpdlib calls finished.
 
-    Weaker than `VFSDTPHandler`: pyftpdlib calls an upload finished, too, when the connection was reset. What failed is
-    still answered with an error instead of silence, through the reply that the channel is about to send.
+    Weaker than `VFSDTPHandler`: pyftpdlib calls an upload finished, too, when the connection was reset. A failure is
+    answered here, with its reason: pyftpdlib's own channels would answer "426 None", or nothing at all.
     """
 
-    def __init__(self, handle: WriteHandle, cmd_channel: Any) -> None:
+    def __init__(self, handle: Handle, cmd_channel: Any) -> None:
         self._handle = handle
         self._cmd_channel = cmd_channel
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._handle, name)
 
+    def read(self, size: int) -> bytes:
+        """Return the next bytes; none, and the end of the transfer, where the store fails."""
+        try:
+            return self._handle.read(size) or b""
+        except OSError as error:
+            self._end_transfer(error)
+            return b""
+
+    def write(self, data: bytes) -> int:
+        """Take bytes; where the store fails, the end of the transfer."""
+        try:
+            return self._handle.write(data) or 0
+        except OSError as error:
+            self._end_transfer(error)
+            return 0
+
+    def _end_transfer(self, error: OSError) -> None:
+        self._handle.abandon()
+        channel = self._cmd_channel.data_channel
+        if channel is None:
+            raise error
+        self._say(channel, error)
+        channel.close()
+
     def close(self) -> None:
-        """Publish the file, or give it up where the transfer did not end by itself."""
-        channel = self._cmd_channel.data_channel if self._cmd_channel is not None else None
+        """Publish what was written, or give it up where the transfer did not end by itself."""
         if self._handle.closed:
             return
-        if channel is None or not channel.transfer_finished:
+        channel = self._cmd_channel.data_channel
+        if not isinstance(self._handle, WriteHandle) or channel is None or not channel.transfer_finished:
             self._handle.abandon()
             return
         try:
             self._handle.commit()
         except OSError as error:
-            channel.transfer_finished = False
-            channel._resp = (f"451 {reason_of(error)}.", logger.warning)
+            self._say(channel, error)
+
+    def _say(self, channel: Any, error: OSError) -> None:
+        """Give the channel the reply that it sends once it is closed."""
+        channel.transfer_finished = False
+        channel._resp = (f"451 {reason_of(error)}; transfer aborted.", logger.warning)

@@ -648,6 +648,11 @@ class FaultProxy:
         self.sent = 0
         self.received = 0
 
+    @property
+    def standing(self) -> int:
+        """Connections that stand at the moment."""
+        return len(self._links)
+
     # -- faults
 
     @property

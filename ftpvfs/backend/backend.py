@@ -1,8 +1,8 @@
 """What every store must do for the VFS, and how one is made from a URL.
 
-A backend speaks in VFS paths (`a/b`, the root is `""`) and bytes ranges `[start, stop)`. Every method may be called from
-any thread and may block for as long as the store takes; every failure is an OSError with an errno and the path. A backend
-is made after any fork and never carried across one.
+A backend speaks in VFS paths (`a/b`, the root is `""`) and bytes ranges `[start, stop)`. Every method may be called
+from any thread and may block for as long as the store takes; every failure is an OSError with an errno and the path. A
+backend is made after any fork and never carried across one.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import contextlib
 import errno
 import importlib
 import logging
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
-from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.core import split_protocol
 
 from ftpvfs.backend.capability import Capability
-from ftpvfs.backend.errors import secrets_in, translate
+from ftpvfs.backend.errors import oserror, secrets_in, secrets_in_url, translate, without_secrets
 from ftpvfs.backend.retry import Retry
 from ftpvfs.errors import EUNSUPPORTED, failure
 from ftpvfs.memory import MemoryBudget
@@ -34,12 +32,18 @@ logger = logging.getLogger(__name__)
 UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}
 
 
+# The bytes of one range, in order.
+Pieces = list[bytes]
+
+
 @dataclass(slots=True)
 class Entry:
     """One name in a folder, as the store has it.
 
     `mtime` is seconds since the epoch, or None where the true one costs a request (`Backend.true_mtime`).
-    `fingerprint` names the version of the object (ETag, generation, ...), or is None where the store has no such thing.
+    `fingerprint` names the bytes of the object (ETag, generation, ...), or is None where the store has no such thing.
+    `stamp` is when the store last wrote the object, where neither of the others tells: S3's ETag stays the same when
+    another program gives the object another modification time.
     """
 
     name: str
@@ -47,6 +51,12 @@ class Entry:
     size: int = 0
     mtime: float | None = None
     fingerprint: str | None = None
+    stamp: int | None = None
+
+    @property
+    def version(self) -> str | None:
+        """What changes whenever the bytes or the modification time do; None where the store cannot tell."""
+        return self.fingerprint if self.stamp is None else f"{self.fingerprint}@{self.stamp}"
 
 
 @dataclass(frozen=True)
@@ -112,9 +122,9 @@ class Backend(ABC):
     def __init__(self, url: str, root: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
         self.root = root
         self.tuning = tuning
-        self.retry = Retry(tuning.low_level_retries)
+        self.retry = Retry(tuning.low_level_retries, tuning.read_timeout)
         self.display = display_url(url)
-        self._secrets = sorted(set(secrets_in(storage_options)) | set(_url_secrets(url)), key=len, reverse=True)
+        self._secrets = sorted(set(secrets_in(storage_options)) | set(secrets_in_url(url)), key=len, reverse=True)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.display}>"
@@ -134,8 +144,10 @@ class Backend(ABC):
         """Return the entry of one path; ENOENT where there is none."""
 
     @abstractmethod
-    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[bytes]:
+    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[Pieces]:
         """Start reading exactly [start, stop) of the version `fingerprint`; cancelling the future ends the request.
+
+        The bytes come in the pieces in which they arrived: joining them would cost as much as receiving them.
 
         The future fails with ECHANGED when the object is no longer that version.
         """
@@ -226,7 +238,8 @@ class Backend(ABC):
         known = translate(error, path)
         for secret in self._secrets:
             if secret in str(known):
-                known = failure(known.errno or errno.EIO, path, str(known.strerror).replace(secret, "***"))
+                path, reason = path.replace(secret, "***"), str(known.strerror).replace(secret, "***")
+                known = oserror(known.errno or errno.EIO, path, reason)
         return known
 
     def run(self, path: str, operation: Callable[[], Any]) -> Any:
@@ -256,8 +269,20 @@ def _backend_class(protocol: str) -> type[Backend]:
     try:
         return getattr(importlib.import_module(f"ftpvfs.backend.{module}"), name)  # type: ignore[no-any-return]
     except ImportError as error:
-        raise ImportError(f"{protocol}:// needs a package that is not installed: {error}") from error
+        raise _missing_package(protocol, error) from error
 
+
+def _missing_package(protocol: str, error: ImportError) -> ImportError:
+    package = PACKAGES.get(protocol)
+    hint = f"pip install {package}" if package else str(error).splitlines()[0]
+    return ImportError(f"{protocol}:// needs a package that is not installed: {hint}")
+
+
+# What to install for a protocol; of those that know sftp, sshfs is the one that is tested.
+PACKAGES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "sftp": "sshfs", "ssh": "sshfs",
+    "smb": "smbprotocol", "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "http": "aiohttp", "https": "aiohttp",
+}  # fmt: skip
 
 # Imported when first used: s3fs and gcsfs cost a second and 60 MiB together.
 _CLASSES = {
@@ -276,26 +301,19 @@ def filesystem(url: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
     try:
         cls = fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        raise ImportError(f"{protocol}:// needs a package that is not installed: {error}") from error
+        raise _missing_package(protocol, error) from error
     except ValueError as error:
         raise ValueError(f"{protocol}:// is no protocol that fsspec knows: {error}") from error
     if "::" in url:
-        return fsspec.core.url_to_fs(url, **storage_options)  # type: ignore[no-any-return]
-    options = {**cls._get_kwargs_from_urls(url), **UNCACHED, **storage_options}
-    return cls(**options), cls._strip_protocol(url)
+        fs, path = fsspec.core.url_to_fs(url, **storage_options)
+    else:
+        options = {**cls._get_kwargs_from_urls(url), "skip_instance_cache": True, **storage_options}
+        fs, path = cls(**options), cls._strip_protocol(url)
+    # Not as an argument: some filesystems (sshfs) hand what they do not know to a library that refuses it.
+    fs.dircache.use_listings_cache = False
+    return fs, path
 
 
 def display_url(url: str) -> str:
-    """Return the URL as it may be shown: without user and password.
-
-    >>> display_url("sftp://me:secret@host/folder")
-    'sftp://host/folder'
-    """
-    return re.sub(r"://[^/@]*@", "://", url)
-
-
-def _url_secrets(url: str) -> Iterator[str]:
-    with contextlib.suppress(ValueError):
-        password = urlsplit(url).password
-        if password:
-            yield password
+    """Return the URL as it may be shown: without user and password, and without an HTTP query."""
+    return without_secrets(url)

@@ -1,6 +1,6 @@
 """The one table from the stores' exceptions to errno: what a failure means, and whether another try may help.
 
-Stores are told apart by the names of their exception classes, so that nothing is imported for a store that is not in use.
+Stores are told apart by the names of their exception classes, so that nothing is imported for one that is not in use.
 Sources: the S3 API's error responses, the GCS JSON API's status codes, fsspec/s3fs/gcsfs/asyncssh as installed.
 """
 
@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qsl, unquote
 
 from ftpvfs.errors import ECHANGED, EUNSUPPORTED, failure
+
+
+class TimedOut(TimeoutError):
+    """A store that did not answer. asyncio makes a bare TimeoutError anew, without its path, for another thread."""
+
 
 EDQUOT = getattr(errno, "EDQUOT", errno.ENOSPC)
 
@@ -28,6 +35,7 @@ class Meaning:
 
 
 MISSING = Meaning(errno.ENOENT)
+EXISTS = Meaning(errno.EEXIST)
 FORBIDDEN = Meaning(errno.EACCES, "The store denies access")
 CREDENTIALS = Meaning(errno.EACCES, "The store does not accept the credentials")
 NO_CREDENTIALS = Meaning(errno.EACCES, "No credentials for the store: set them in the environment or with --option")
@@ -138,6 +146,8 @@ BY_CLASS: Mapping[str, Meaning] = {
     "ProxyError": BROKEN,
     "SSLError": Meaning(errno.EPROTO, "The TLS connection to the store failed"),
     "ResponseParserError": BROKEN,
+    "ParseError": BROKEN,  # what should be XML or JSON is something else: a gateway in between, or an answer cut short
+    "JSONDecodeError": BROKEN,
     "InvalidDNSNameError": Meaning(errno.ENOENT, "Not a valid bucket name"),
     "ParamValidationError": BAD_REQUEST,
     "InvalidRegionError": Meaning(errno.EINVAL, "Not a valid region name"),
@@ -153,6 +163,7 @@ BY_CLASS: Mapping[str, Meaning] = {
     "AuthenticationException": CREDENTIALS,
     "SSHException": RESET,
     "ConnectionLost": RESET,
+    "ChannelOpenError": RESET,
     "NotImplementedError": UNSUPPORTED,
     "BlocksizeMismatchError": BAD_REQUEST,
 }
@@ -175,7 +186,10 @@ def meaning_of(error: BaseException) -> Meaning | None:
         if meaning is not None:
             return meaning
     if isinstance(error, OSError):
-        return Meaning(error.errno or errno.EIO, str(error.strerror or error) or None)
+        return Meaning(error.errno or errno.EIO, _first_line(error.strerror or error))
+    # Python's own exceptions are judged last: fsspec raises FileNotFoundError from a KeyError.
+    if isinstance(error, ValueError | KeyError | TypeError | RuntimeError):
+        return Meaning(errno.EINVAL, f"The store refuses the request: {_first_line(error)}")
     return None
 
 
@@ -185,11 +199,14 @@ def _own_meaning(error: BaseException) -> Meaning | None:
         return _s3_meaning(response)
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
         return TIMED_OUT
-    if isinstance(error, OSError) and error.errno in BY_ERRNO:
+    if isinstance(error, OSError) and error.errno is not None and error.errno in BY_ERRNO:
         return BY_ERRNO[error.errno]
     for cls in type(error).__mro__:
         if cls.__name__ == "HttpError" and isinstance(getattr(error, "code", None), int | str):
             return _http_meaning(error)
+        status = getattr(error, "status", None)
+        if cls.__name__ == "ClientResponseError" and isinstance(status, int):  # aiohttp's, from fsspec's http
+            return BY_STATUS.get(status, BROKEN if status >= 500 else BAD_REQUEST)
         if cls.__module__ != "builtins" and cls.__name__ in BY_CLASS:
             return BY_CLASS[cls.__name__]
     return _plain_meaning(error)
@@ -207,6 +224,8 @@ def _s3_meaning(response: dict[str, Any]) -> Meaning:
 
 def _http_meaning(error: Any) -> Meaning:
     status = int(error.code) if str(error.code).isdigit() else 0
+    if status == 400 and "match calculated" in str(error):  # "Provided MD5 hash ... doesn't match calculated MD5 hash"
+        return DAMAGED
     return BY_STATUS.get(status, BROKEN if status >= 500 else Meaning(errno.EIO, f"The store answers {error.code}"))
 
 
@@ -217,15 +236,13 @@ def _plain_meaning(error: BaseException) -> Meaning | None:
     if isinstance(error, PermissionError):
         return FORBIDDEN if error.errno is None else None
     if isinstance(error, FileExistsError) and error.errno is None:
-        return CHANGED  # gcsfs's name for 412
+        return EXISTS
     if isinstance(error, NotImplementedError):
         return UNSUPPORTED
     if isinstance(error, ConnectionError):
         return RESET
     if isinstance(error, OSError) and error.errno is None:
         return FORBIDDEN if str(error).startswith("Forbidden") else None
-    if isinstance(error, ValueError | KeyError | TypeError | RuntimeError) and error.__traceback__ is not None:
-        return Meaning(errno.EINVAL, f"The store refuses the request: {_first_line(error)}")
     return None
 
 
@@ -239,7 +256,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     return reversed(chain)
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException | str) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 
@@ -258,16 +275,63 @@ def translate(error: BaseException, path: str) -> OSError:
     meaning = meaning_of(error)
     if meaning is None:
         return failure(errno.EIO, path, f"Unexpected {type(error).__name__}: {_first_line(error)}")
-    return failure(meaning.code, path, meaning.reason)
+    return oserror(meaning.code, path, meaning.reason)
 
 
-SECRET_NAME = re.compile(r"secret|password|passwd|passphrase|token|credential|private|sas|^key$|access_key|api_key", re.I)
+def oserror(code: int, path: str, reason: str | None) -> OSError:
+    """Return the OSError for `code` in the form that keeps its path on the way from fsspec's thread to the caller's."""
+    if code == errno.ETIMEDOUT:
+        return TimedOut(code, reason or os.strerror(code), path)
+    return failure(code, path, reason)
+
+
+SECRET_NAME = re.compile(
+    r"secret|password|passwd|passphrase|token|credential|private|sas|key$|connection_string|auth|cookie|signature|sig$",
+    re.I,
+)
+# gcsfs's names for ways to find a token.
+NO_SECRETS = frozenset({"anon", "cloud", "cache", "browser", "google_default"})
 
 
 def secrets_in(options: Mapping[str, Any]) -> Iterator[str]:
     """Yield the values among storage options that must never be shown."""
     for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from secrets_in(value)
-        elif isinstance(value, str) and len(value) > 2 and SECRET_NAME.search(name):
+        yield from _secrets_of(name, value)
+
+
+def _secrets_of(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        yield from secrets_in(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            if isinstance(item, list | tuple) and len(item) == 2:  # a header as a pair
+                yield from _secrets_of(str(item[0]), item[1])
+            else:
+                yield from _secrets_of(name, item)
+    elif isinstance(value, str):
+        if SECRET_NAME.search(name) and len(value) > 2 and value not in NO_SECRETS:
             yield value
+        else:
+            yield from secrets_in_url(value)
+
+
+USER_AND_PASSWORD = re.compile(r"://[^/:]*:([^/]*)@")
+QUERY = re.compile(r"https?://[^?]*\?(.*?)(?=::|$)")
+
+
+def secrets_in_url(url: str) -> Iterator[str]:
+    """Yield the passwords in a URL (there are several in `zip://x::sftp://...`) and what an HTTP query says."""
+    for password in USER_AND_PASSWORD.findall(url):
+        yield from {password, unquote(password)} - {""}
+    for query in QUERY.findall(url):
+        yield from (value for _, value in parse_qsl(query) if len(value) > 2)
+
+
+def without_secrets(url: str) -> str:
+    """Return the URL as it may be shown: without user and password, and without an HTTP query.
+
+    >>> without_secrets("sftp://me:secret@host/folder")
+    'sftp://host/folder'
+    """
+    url = re.sub(r"://[^/]*@", "://", url)
+    return re.sub(r"(https?://[^?]*)\?.*?(?=::|$)", r"\1?...", url)

@@ -1,24 +1,32 @@
 """Google Cloud Storage through gcsfs.
 
-Requests go through gcsfs's own request method, one JSON API call each: conditional reads by generation, resumable uploads
-that can be given up, and metadata, which the file interface hides. https://cloud.google.com/storage/docs/json_api
+Requests go through gcsfs's own request method, one JSON API call each: conditional reads by generation, resumable
+uploads that can be given up, and metadata, which the file interface hides. https://cloud.google.com/storage/docs/json_api
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import errno
+import hashlib
+import io
 import json
 import logging
+import re
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+import aiohttp
 from gcsfs.core import GCSFileSystem, quote
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import UNCACHED, Backend, Entry, Tuning, Upload
+from ftpvfs.backend.backend import UNCACHED, Backend, Entry, Pieces, Tuning, Upload
 from ftpvfs.backend.capability import Capability
+from ftpvfs.backend.errors import CHANGED, is_transient
 from ftpvfs.backend.objectstore import ListedPage, ObjectStoreBackend, PartsUpload, md5
 from ftpvfs.errors import failure
 
@@ -27,13 +35,20 @@ logger = logging.getLogger(__name__)
 MIB = 2**20
 # The chunks of a resumable upload must be multiples of this.
 CHUNK_UNIT = 2**18
+RESUME_INCOMPLETE = 308
 # rclone's and gsutil's metadata keys, so that all agree on times: RFC 3339, and whole seconds since the epoch.
 MTIME = "mtime"
 MTIME_GSUTIL = "goog-reserved-file-mtime"
 FIELDS = "name,size,generation,updated,md5Hash,metadata"
+# What a rewrite with new metadata would otherwise lose; access lists are the target bucket's.
+KEPT_FIELDS = (
+    "contentType", "cacheControl", "contentDisposition", "contentEncoding", "contentLanguage", "customTime",
+    "storageClass",
+)  # fmt: skip
+RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(\.\d+)?([Zz]|[+-]\d\d:\d\d)?$")
 
 
-class OneTryGCSFileSystem(GCSFileSystem):  # type: ignore[misc]
+class OneTryGCSFileSystem(GCSFileSystem):
     """gcsfs without its own six tries, so that ours are the only ones.
 
     The class is gcsfs's core one: the experimental one asks for the bucket's type over gRPC and hangs for a minute at
@@ -58,17 +73,35 @@ class GCSBackend(ObjectStoreBackend):
 
     def __init__(self, url: str, root: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
         super().__init__(url, root, storage_options, tuning)
-        with self.errors(url):
-            self.fs = OneTryGCSFileSystem(**{"requests_timeout": tuning.read_timeout, **UNCACHED, **storage_options})
+        # A plain number would bound the whole request, however well it gets on.
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=tuning.connect_timeout, sock_read=tuning.read_timeout
+        )
+        with self.errors(self.display):
+            self.fs = OneTryGCSFileSystem(**{"requests_timeout": timeout, **UNCACHED, **storage_options})
 
-    async def call(self, method: str, url: str, *names: str, **arguments: Any) -> tuple[Mapping[str, str], bytes]:
-        """Make one request; `names` fill the URL's `{}`; return headers and body."""
-        _, headers, _, body = await self.fs._request(method, url, *names, **arguments)
-        return headers, body
+    def close(self) -> None:
+        if self.fs._session is not None:
+            asyncio.run_coroutine_threadsafe(self.fs._session.close(), self.fs.loop)
+
+    async def call(
+        self, method: str, url: str, *names: str, data: bytes | None = None, **arguments: Any
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Make one request; `names` fill the URL's `{}`; return status, headers and body.
+
+        308 (Resume Incomplete) comes back as it is: without a Location, aiohttp takes it for no redirect.
+        """
+        body = None if data is None else io.BytesIO(data)  # aiohttp sends it in pieces, and large bytes in one
+        request = self.fs._request(method, url, *names, data=body, **arguments)
+        try:
+            status, headers, _, content = await (self.within_time(len(data), request) if data else request)
+        except FileExistsError:  # gcsfs's name for 412
+            raise failure(CHANGED.code, url, CHANGED.reason) from None  # the cause would be taken for the error
+        return status, headers, content
 
     async def json(self, method: str, url: str, *names: str, **arguments: Any) -> dict[str, Any]:
         """Make one request and return its JSON answer."""
-        return json.loads((await self.call(method, url, *names, **arguments))[1] or b"{}")  # type: ignore[no-any-return]
+        return json.loads((await self.call(method, url, *names, **arguments))[2] or b"{}")  # type: ignore[no-any-return]
 
     def check(self) -> None:
         try:
@@ -101,7 +134,7 @@ class GCSBackend(ObjectStoreBackend):
         return ListedPage(entries + folders, has_marker=bool(prefix) and any(item["name"] == prefix for item in items))
 
     def _entry(self, name: str, item: Mapping[str, Any]) -> Entry:
-        updated = datetime.fromisoformat(item["updated"].replace("Z", "+00:00")).timestamp()
+        updated = _seconds(item["updated"])
         mtime = updated if self.tuning.server_mtime else _stored_mtime(item.get("metadata", {}), updated)
         return Entry(name, False, int(item.get("size", 0)), mtime, str(item["generation"]))
 
@@ -109,14 +142,17 @@ class GCSBackend(ObjectStoreBackend):
         item = await self.json("GET", "b/{}/o/{}", self.bucket, self.key(path), fields=FIELDS)
         return self._entry(paths.split(path)[1], item)
 
-    async def read(self, path: str, start: int, stop: int, fingerprint: str | None) -> bytes:
-        url = self.fs.url(paths.key(self.bucket, self.key(path)))
-        _, data = await self.call(
-            "GET", url, headers={"Range": f"bytes={start}-{stop - 1}"}, ifGenerationMatch=fingerprint
-        )
+    async def read(self, path: str, start: int, stop: int, fingerprint: str | None) -> Pieces:
+        _, headers, data = await self.call(
+            "GET", f"{self.fs._location}/download/storage/v1/b/{{}}/o/{{}}", self.bucket, self.key(path),
+            alt="media", ifGenerationMatch=fingerprint, headers={"Range": f"bytes={start}-{stop - 1}"},
+        )  # fmt: skip
+        # fake-gcs-server heeds no condition here, but says which version it sends, as the real service does.
+        if fingerprint is not None and headers.get("X-Goog-Generation", fingerprint) != fingerprint:
+            raise failure(CHANGED.code, path, CHANGED.reason)
         if len(data) != stop - start:
             raise ConnectionResetError(errno.ECONNRESET, f"{len(data)} of {stop - start} bytes arrived")
-        return data
+        return [data]
 
     # --- writing
 
@@ -125,10 +161,12 @@ class GCSBackend(ObjectStoreBackend):
 
     async def put(self, path: str, data: bytes, mtime: float | None) -> Entry:
         item: dict[str, Any] = {"name": self.key(path), "metadata": _metadata(mtime)}
-        if self.tuning.verify:
-            item["md5Hash"] = base64.b64encode(md5(data)).decode()  # the store refuses other bytes
+        digest = base64.b64encode(md5(data)).decode() if self.tuning.verify else None
+        if digest:
+            item["md5Hash"] = digest  # the store refuses other bytes
         # https://cloud.google.com/storage/docs/uploading-objects#uploading-an-object
-        boundary = b"--==ftpvfs=="
+        name = secrets.token_hex(16)  # no file can have it in it, not even this one
+        boundary = f"--{name}".encode()
         body = b"\r\n".join((
             boundary, b"Content-Type: application/json; charset=UTF-8", b"", json.dumps(item).encode(),
             boundary, b"Content-Type: application/octet-stream", b"", data,
@@ -136,37 +174,41 @@ class GCSBackend(ObjectStoreBackend):
         ))  # fmt: skip
         answer = await self.json(
             "POST",
-            self._upload_url(),
+            self.upload_url(),
             uploadType="multipart",
-            headers={"Content-Type": 'multipart/related; boundary="==ftpvfs=="'},
+            headers={"Content-Type": f'multipart/related; boundary="{name}"'},
             data=body,
         )
-        return self._stored(path, answer, len(data), mtime)
+        return self.stored(path, answer, len(data), digest)
 
-    def _upload_url(self) -> str:
+    def upload_url(self) -> str:
+        """Return where new objects of the bucket are sent."""
         return f"{self.fs._location}/upload/storage/v1/b/{quote(self.bucket)}/o"
 
-    def _stored(self, path: str, answer: Mapping[str, Any], size: int, mtime: float | None) -> Entry:
-        if int(answer.get("size", size)) != size:
-            raise failure(errno.EIO, path, f"The store has {answer['size']} bytes of {size} that were sent")
-        entry = self._entry(paths.split(path)[1], answer) if "updated" in answer else None
-        generation = str(answer["generation"]) if "generation" in answer else None
-        return entry or Entry(paths.split(path)[1], False, size, mtime, generation)
+    def stored(self, path: str, item: Mapping[str, Any], size: int, digest: str | None) -> Entry:
+        """Return the entry of the new object `item`, once it has the size and the MD5 (base64) of what was sent."""
+        entry = self._entry(paths.split(path)[1], item)
+        if entry.size != size:
+            raise failure(errno.EIO, path, f"The store has {entry.size} bytes of {size} that were sent")
+        found = item.get("md5Hash", digest)
+        if digest and found != digest:
+            raise failure(errno.EIO, path, f"The store has other bytes than were sent (MD5 {found}, ours {digest})")
+        return entry
 
     async def delete(self, path: str) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError):  # as on S3: an earlier try's answer may have been lost
             await self.call("DELETE", "b/{}/o/{}", self.bucket, self.key(path))
-        except FileNotFoundError:
-            pass  # as on S3: gone is gone, and an earlier try's answer may have been lost
 
     async def duplicate(self, source: str, target: str, mtime: float | None) -> Entry:
         if source == target:
             return await self._patch(source, mtime)
         item = await self.json("GET", "b/{}/o/{}", self.bucket, self.key(source))
         entry = self._entry(paths.split(source)[1], item)
-        kept = ("contentType", "cacheControl", "contentDisposition", "contentEncoding", "contentLanguage", "storageClass")
-        body: dict[str, Any] = {name: item[name] for name in kept if name in item}
-        body["metadata"] = {**item.get("metadata", {}), **_metadata(entry.mtime)}
+        metadata = item.get("metadata", {})
+        body: dict[str, Any] = {name: item[name] for name in KEPT_FIELDS if name in item}
+        # The copy's own time is now, so the source's must go into the metadata or be lost.
+        kept_mtime = _stored_mtime(metadata, _seconds(item["updated"])) if mtime is None else mtime
+        body["metadata"] = {**metadata, **_metadata(kept_mtime)}
         token: str | None = None
         while True:  # large objects are copied in several calls
             answer = await self.json(
@@ -190,58 +232,93 @@ class GCSBackend(ObjectStoreBackend):
 
 
 class GCSUpload(PartsUpload):
-    """A resumable upload. Its chunks are taken in order, so one is on its way while the next one fills."""
+    """A resumable upload. Its chunks are taken in order, so one is on its way while the next one fills.
+
+    https://cloud.google.com/storage/docs/performing-resumable-uploads
+    """
 
     backend: GCSBackend
     concurrency = 1
 
     def __init__(self, backend: GCSBackend, path: str, mtime: float | None) -> None:
         super().__init__(backend, path, mtime)
-        self._location: str | None = None  # touched on the event loop alone
+        # Touched on the event loop alone.
+        self._location: str | None = None
+        self._digest = hashlib.md5(usedforsecurity=False)
+        self._hashed = 0
 
     def part_size(self, number: int) -> int:
         return 16 * MIB  # a multiple of CHUNK_UNIT; there is no limit to their number
 
     async def send(self, number: int, offset: int, data: bytes) -> None:
         if self._location is None:
-            headers, _ = await self.backend.call(
-                "POST", self.backend._upload_url(), uploadType="resumable", name=self.backend.key(self.path),
+            _, headers, _ = await self.backend.call(
+                "POST", self.backend.upload_url(), uploadType="resumable", name=self.backend.key(self.path),
                 json={"name": self.backend.key(self.path), "metadata": _metadata(self.mtime)},
                 headers={"X-Upload-Content-Type": "application/octet-stream"},
             )  # fmt: skip
             self._location = headers["Location"]
-        await self._chunk(data, offset, total=None)
+        if self._hashed == offset:  # not so when the part is sent again
+            await asyncio.to_thread(self._digest.update, data)
+            self._hashed += len(data)
+        await self._chunk(data, offset)
 
-    async def _chunk(self, data: bytes, offset: int, total: int | None) -> dict[str, Any]:
-        """Send bytes at `offset`; a `total` ends the upload and publishes the object.
+    async def _chunk(
+        self, data: bytes, offset: int, total: int | None = None, digest: str | None = None
+    ) -> dict[str, Any]:
+        """Send bytes at `offset`; a `total` ends the upload and publishes the object, if it has the MD5 `digest`.
 
-        After an answer that was lost the store is asked how far it got (308 and Range), and only the rest is sent.
+        A chunk whose answer was lost is sent again as a whole, as Google's own Go client does: the store skips what it
+        has already. (fake-gcs-server appends it a second time; the check of size and MD5 tells.)
         """
         assert self._location is not None
         stop = offset + len(data)
         span = f"{offset}-{stop - 1}" if data else "*"
         headers = {"Content-Range": f"bytes {span}/{'*' if total is None else total}"}
-        answer, body = await self.backend.call("PUT", self._location, headers=headers, data=data)
-        if total is not None:
-            return json.loads(body)  # type: ignore[no-any-return]
+        if digest is not None:
+            headers["X-Goog-Hash"] = f"md5={digest}"
+        status, answer, body = await self.backend.call("PUT", self._location, headers=headers, data=data)
+        if status != RESUME_INCOMPLETE:
+            return json.loads(body or b"{}")  # type: ignore[no-any-return]
         taken = int(answer["Range"].rpartition("-")[2]) + 1 if "Range" in answer else 0
-        if taken < stop:
-            if taken <= offset:
-                raise ConnectionResetError(errno.ECONNRESET, "The store took nothing of a chunk")
-            return await self._chunk(data[taken - offset :], taken, None)
-        return {}
+        if taken >= stop and total is None:
+            return {}
+        if taken <= offset:
+            raise ConnectionResetError(errno.ECONNRESET, "The store took nothing of a chunk")
+        return await self._chunk(data[taken - offset :], taken, total, digest)
 
     async def finish(self, parts: list[Any], rest: bytes) -> Entry:
         size = self.size + len(rest)
-        answer = await self._chunk(rest, self.size, size)
-        return self.backend._stored(self.path, answer, size, self.mtime)
+        digest = None
+        if self.backend.tuning.verify:
+            whole = self._digest.copy()
+            await asyncio.to_thread(whole.update, rest)
+            digest = base64.b64encode(whole.digest()).decode()
+        try:
+            item = await self._chunk(rest, self.size, size, digest)
+        except Exception as error:
+            if self.backend.translated(error, self.path).errno != errno.ENOENT:
+                raise
+            item = await self._finished(digest)
+        return self.backend.stored(self.path, item, size, digest)
+
+    async def _finished(self, digest: str | None) -> dict[str, Any]:
+        """Return the object after its session is gone: an earlier try may have finished it, its answer lost."""
+        key = self.backend.key(self.path)
+        item = await self.backend.json("GET", "b/{}/o/{}", self.backend.bucket, key, fields=FIELDS)
+        if digest is None or item.get("md5Hash") != digest:
+            raise failure(errno.EIO, self.path, "The store has forgotten the upload")
+        return item
 
     async def discard(self) -> None:
         if self._location is None:
             return
         try:
-            await self.backend.call("DELETE", self._location)
-        except Exception as error:  # 499 means cancelled; an emulator may not know the call, sessions end by themselves
+            await self.backend.call("DELETE", self._location)  # 499, which gcsfs takes for no error, says it is done
+        except Exception as error:
+            # An emulator may not know the call (fake-gcs-server), and a session without an end goes after a week.
+            if is_transient(error):
+                raise
             logger.debug("giving up the upload session of %r: %s", self.path, type(error).__name__)
 
 
@@ -253,12 +330,22 @@ def _metadata(mtime: float | None) -> dict[str, str]:
     return {MTIME: f"{moment}.{round((mtime - whole) * 1e9):09d}Z", MTIME_GSUTIL: str(whole)}
 
 
+def _seconds(text: str) -> float:
+    """Return seconds since the epoch of an RFC 3339 time with any number of digits and any offset.
+
+    Python 3.10 wants exactly three or six digits of a second; rclone writes nine, in the zone of its machine.
+    """
+    match = RFC3339.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no RFC 3339 time")
+    day, clock, fraction, zone = match.groups()
+    zone = "+00:00" if zone in (None, "Z", "z") else zone
+    return datetime.fromisoformat(f"{day}T{clock}{zone}").timestamp() + float(fraction or 0)
+
+
 def _stored_mtime(metadata: Mapping[str, str], otherwise: float) -> float:
     try:
-        text = metadata[MTIME]
-        moment, _, fraction = text.rstrip("Z").partition(".")
-        whole = datetime.fromisoformat(moment).replace(tzinfo=timezone.utc).timestamp()
-        return whole + float(f"0.{fraction or 0}")
+        return _seconds(metadata[MTIME])
     except (KeyError, ValueError):
         pass
     try:

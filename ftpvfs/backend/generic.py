@@ -6,18 +6,23 @@ machine and then sent: under a temporary name and renamed where the store rename
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import secrets
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from typing import IO, Any
 
+from fsspec.asyn import sync
+
 from ftpvfs import paths
-from ftpvfs.backend.backend import Backend, Entry, Tuning, Upload, filesystem, protocol_of
+from ftpvfs.backend.backend import Backend, Entry, Pieces, Tuning, Upload, filesystem, protocol_of
 from ftpvfs.backend.capability import GENERIC, OBJECT_STORE
 from ftpvfs.errors import ECHANGED, failure
 
@@ -25,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 # Smaller uploads stay in memory until they are sent.
 SPOOL_BYTES = 2**20
+# Whose `cat_file` gives the whole file whatever is asked for (sshfs 2026.8).
+IGNORE_RANGES = frozenset({"sftp", "ssh"})
+# Whose filesystem is one connection, and is of no use any more once that is lost.
+ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
 TIME_KEYS = ("mtime", "last_modified", "LastModified", "modified", "updated", "created", "date_time")
 VERSION_KEYS = ("ETag", "etag", "content_md5", "generation", "version_id", "created", "CRC")
 
@@ -39,19 +48,53 @@ class GenericBackend(Backend):
 
     def __init__(self, url: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
         super().__init__(url, "", storage_options, tuning)
+        self._protocol = protocol_of(url)
+        options = {**_time_limits(self._protocol, tuning), **storage_options}
+        self._make = functools.partial(filesystem, url, options)
+        self._reconnecting = threading.Lock()
         try:
-            self.fs, root = filesystem(url, storage_options)
+            self.fs, root = self._make()
         except (ImportError, ValueError):
             raise
         except Exception as error:
             raise self.translated(error, self.display) from error
         self.root = root.rstrip("/")
-        self.capability = GENERIC.get(protocol_of(url), OBJECT_STORE)
+        self.capability = GENERIC.get(self._protocol, OBJECT_STORE)
+        self._ignores_ranges = self._protocol in IGNORE_RANGES
         self._threads = ThreadPoolExecutor(tuning.checkers, thread_name_prefix="ftpvfs-store")
+
+    def run(self, path: str, operation: Callable[[], Any]) -> Any:
+        """Run a blocking request with retries, over a new connection where the one that there was is lost."""
+
+        def attempt() -> Any:
+            used = self.fs
+            try:
+                return operation()
+            except Exception as error:
+                if self._protocol in ONE_CONNECTION and self.translated(error, path).errno == errno.ECONNRESET:
+                    self._reconnect(used)
+                raise
+
+        return super().run(path, attempt)
+
+    def _reconnect(self, lost: Any) -> None:
+        """Make the filesystem anew, once for all threads that lost the same connection."""
+        with self._reconnecting:
+            if self.fs is lost:
+                self.fs, _ = self._make()
+
+    def _change(self, path: str, operation: Callable[[], Any]) -> Any:
+        """Run a request that changes the store, where the store has such: fsspec's own default is to do nothing."""
+        if not self.capability.writes:
+            raise self.unsupported(path, "changes")
+        return self.run(path, operation)
 
     def key(self, path: str) -> str:
         """Return the filesystem's name of the path; its root keeps whatever form it has there."""
-        return f"{self.root}/{path}" if path else self.root or self.fs.root_marker
+        if not path:
+            return self.root or str(self.fs.root_marker)
+        # Names in an archive have no leading slash, and one asked for with it lists something else.
+        return f"{self.root}/{path}" if self.root or self.fs.root_marker else path
 
     def check(self) -> None:
         try:
@@ -64,8 +107,22 @@ class GenericBackend(Backend):
     def list(self, path: str) -> list[Entry]:
         key = self.key(path)
         found = self.run(path, lambda: self.fs.ls(key, detail=True))
-        entries = [self._entry(info) for info in found if info["name"].rstrip("/") != key.rstrip("/")]
-        return [entry for entry in entries if paths.is_listable(entry.name) and not _is_temporary(entry.name)]
+        if any(info["type"] != "directory" and info["name"] == key for info in found):
+            raise failure(errno.ENOTDIR, path)
+        inside = [info for info in found if info["name"].rstrip("/") != key.rstrip("/")]
+        return [entry for info in inside if (entry := self._listed(path, info)) is not None]
+
+    def _listed(self, folder: str, info: Mapping[str, Any]) -> Entry | None:
+        """Return the entry of a listed name; None for what is not shown: links, devices, names no path can have."""
+        entry = self._entry(info)
+        if not paths.is_listable(entry.name) or _is_temporary(entry.name):
+            return None
+        if info["type"] in {"file", "directory"}:
+            return entry
+        if info["type"] == "link" and self.tuning.follow_links:
+            with contextlib.suppress(OSError):  # a link to nowhere
+                return self.stat(paths.join(folder, entry.name))
+        return None
 
     def stat(self, path: str) -> Entry:
         if not path:
@@ -78,20 +135,26 @@ class GenericBackend(Backend):
             return Entry(name, is_dir=True, mtime=_time(info))
         size = int(info.get("size") or 0)
         mtime = _time(info)
-        versions = [str(info[key]) for key in VERSION_KEYS if info.get(key)]
+        versions = [_version(info[key]) for key in VERSION_KEYS if info.get(key)]
         known = versions or ([str(mtime)] if mtime is not None else [])
         return Entry(name, False, size, mtime, "-".join([str(size), *known]) if known else None)
 
-    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[bytes]:
+    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[Pieces]:
         return self._threads.submit(self.run, path, lambda: self._read(path, start, stop, fingerprint))
 
-    def _read(self, path: str, start: int, stop: int, fingerprint: str | None) -> bytes:
+    def _read(self, path: str, start: int, stop: int, fingerprint: str | None) -> Pieces:
+        if self._ignores_ranges:
+            with self.fs.open(self.key(path), "rb") as file:
+                file.seek(start)
+                data: bytes = file.read(stop - start)
+        else:
+            data = self.fs.cat_file(self.key(path), start=start, end=stop)
+        # Asked after reading: what is still the version now was it when the file was opened.
         if fingerprint is not None and self.stat(path).fingerprint != fingerprint:
-            raise failure(ECHANGED, path)
-        data: bytes = self.fs.cat_file(self.key(path), start=start, end=stop)
+            raise failure(ECHANGED, path, "The file changed at the store meanwhile")
         if len(data) != stop - start:
             raise failure(ECHANGED, path, f"{len(data)} of {stop - start} bytes are there")
-        return data
+        return [data]
 
     def upload(self, path: str, *, mtime: float | None = None, size: int | None = None) -> Upload:
         if not self.capability.writes:
@@ -105,44 +168,52 @@ class GenericBackend(Backend):
             data = file.read()
             self.run(path, lambda: self.fs.pipe_file(self.key(path), data))
         else:
-            self._send_and_rename(path, file)
+            temporary = paths.join(paths.split(path)[0], f".ftpvfs-{secrets.token_hex(8)}.tmp")
+            self.run(path, lambda: self._send_and_rename(path, temporary, file))
         entry = self.stat(path)
         if self.tuning.verify and entry.size != size:
             raise failure(errno.EIO, path, f"The store has {entry.size} bytes of {size} that were sent")
         return entry
 
-    def _send_and_rename(self, path: str, file: IO[bytes]) -> None:
-        temporary = paths.join(paths.split(path)[0], f".ftpvfs-{secrets.token_hex(8)}.tmp")
-        with self.errors(path):
-            try:
-                with self.fs.open(self.key(temporary), "wb") as remote:
-                    while block := file.read(SPOOL_BYTES):
-                        remote.write(block)
-                self.rename(temporary, path)
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    self.fs.rm_file(self.key(temporary))
-                raise
+    def _send_and_rename(self, path: str, temporary: str, file: IO[bytes]) -> None:
+        file.seek(0)
+        try:
+            with self.fs.open(self.key(temporary), "wb") as remote:
+                while block := file.read(SPOOL_BYTES):
+                    remote.write(block)
+            self.fs.mv(self.key(temporary), self.key(path))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.fs.rm_file(self.key(temporary))
+            raise
 
     def mkdir(self, path: str) -> None:
-        self.run(path, lambda: self.fs.mkdir(self.key(path), create_parents=False))
+        self._change(path, lambda: self.fs.mkdir(self.key(path), create_parents=False))
 
     def rmdir(self, path: str) -> None:
-        self.run(path, lambda: self.fs.rmdir(self.key(path)))
+        # sshfs has the coroutine alone, and fsspec's own `rmdir` then does nothing, silently.
+        if hasattr(self.fs, "_rmdir"):
+            self._change(path, lambda: sync(self.fs.loop, self.fs._rmdir, self.key(path)))
+        else:
+            self._change(path, lambda: self.fs.rmdir(self.key(path)))
 
     def remove(self, path: str) -> None:
-        self.run(path, lambda: self.fs.rm_file(self.key(path)))
+        self._change(path, lambda: self.fs.rm_file(self.key(path)))
 
     def copy(self, source: str, target: str) -> Entry:
+        if not self.capability.copies:
+            raise self.unsupported(source, "copying")
         self.run(source, lambda: self.fs.cp_file(self.key(source), self.key(target)))
         return self.stat(target)
 
     def rename(self, source: str, target: str) -> None:
-        with self.errors(source):
-            self.fs.mv(self.key(source), self.key(target))
+        if not self.capability.renames_files:
+            raise self.unsupported(source, "renaming")
+        self.run(source, lambda: self.fs.mv(self.key(source), self.key(target)))
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        _release(self.fs)
 
 
 class SpooledUpload(Upload):
@@ -155,27 +226,65 @@ class SpooledUpload(Upload):
         self._size = 0
 
     def write(self, data: bytes | memoryview) -> None:
+        self._raise_if_over()
         self._spool.write(data)
         self._size += len(data)
 
     def commit(self) -> Entry:
-        entry = self._backend.send(self._path, self._spool, self._size)  # type: ignore[arg-type]
+        self._raise_if_over()
+        entry = self._backend.send(self._path, self._spool, self._size)
         self._spool.close()
         return entry
 
     def abort(self) -> None:
         self._spool.close()
 
+    def _raise_if_over(self) -> None:
+        if self._spool.closed:
+            raise failure(errno.EIO, self._path, "The upload is over")
+
+
+def _release(fs: Any) -> None:
+    """Close what fsspec's filesystems leave to the garbage collector: an archive's file, an HTTP session."""
+    if hasattr(fs, "close"):
+        fs.close()
+    if hasattr(fs, "fo"):
+        fs.fo.close()
+    if getattr(fs, "_session", None) is not None:
+        asyncio.run_coroutine_threadsafe(fs._session.close(), fs.loop)
+
+
+def _time_limits(protocol: str, tuning: Tuning) -> dict[str, Any]:
+    """Return the storage options that end a connection which hangs; fsspec itself would wait for ever."""
+    if protocol not in {"sftp", "ssh"}:
+        return {}
+    limits: dict[str, Any] = {}
+    if tuning.connect_timeout:
+        limits |= {"connect_timeout": tuning.connect_timeout, "login_timeout": tuning.connect_timeout}
+    if tuning.read_timeout:  # asyncssh gives up after three questions without an answer
+        limits |= {"keepalive_interval": tuning.read_timeout / 3, "keepalive_count_max": 3}
+    return limits
+
+
+def _version(value: Any) -> str:
+    """One text for one version: fsspec's memory gives a time as datetime here and as a number there."""
+    return str(_timestamp(value) if isinstance(value, datetime) else value)
+
+
+def _timestamp(moment: datetime) -> float:
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
 
 def _time(info: Mapping[str, Any]) -> float | None:
     for key in TIME_KEYS:
         value = info.get(key)
         if isinstance(value, datetime):
-            return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
+            return _timestamp(value)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if isinstance(value, tuple) and len(value) >= 6:  # zip's date_time
-            return datetime(*value[:6], tzinfo=timezone.utc).timestamp()
+            year, month, day, hour, minute, second = value[:6]
+            return datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc).timestamp()
     return None
 
 

@@ -1,7 +1,7 @@
-"""A folder of this machine, through fsspec's local filesystem where it helps and the system's own calls where it does not.
+"""A folder of this machine, through the system's own calls: fsspec's local filesystem gives only the URL's path.
 
-Promises of its own: a file is replaced by one rename, never written in place; what an upload wrote before it was cut off
-has no name and goes with the process (O_TMPFILE); nothing is reached through a symbolic link unless the user asked.
+Promises of its own: a file is replaced by one rename, never written in place; what an upload wrote before it was cut
+off has no name and goes with the process (O_TMPFILE); nothing is reached through a symbolic link unless the user asked.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 from fsspec.implementations.local import LocalFileSystem
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import Backend, Entry, OpenFile, Tuning, Upload, Usage
+from ftpvfs.backend.backend import Backend, Entry, OpenFile, Pieces, Tuning, Upload, Usage
 from ftpvfs.backend.capability import Capability
 from ftpvfs.errors import ECHANGED, failure
 
@@ -57,6 +58,10 @@ class LocalBackend(Backend):
                 raise failure(errno.ELOOP, path, "Symbolic links are not followed (--copy-links follows them)")
         return name
 
+    def _folder(self, path: str) -> str:
+        """Return the folder's name on the disk; ELOOP where it is a symbolic link itself, or one is on the way."""
+        return os.path.dirname(self.locate(paths.join(path, "any name")))
+
     def _stat(self, name: str, path: str) -> os.stat_result:
         found = os.stat(name, follow_symlinks=self.tuning.follow_links)
         if stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode):
@@ -72,14 +77,14 @@ class LocalBackend(Backend):
     def list(self, path: str) -> list[Entry]:
         follow = self.tuning.follow_links
         entries = []
-        with self._renamed(path), os.scandir(self.locate(path)) as found:
+        with self._renamed(path), os.scandir(self._folder(path)) as found:
             for item in found:
                 if not paths.is_listable(item.name) or _is_temporary(item.name):
                     continue
                 try:
                     info = item.stat(follow_symlinks=follow)
-                except FileNotFoundError:
-                    continue  # removed meanwhile, or a link to nowhere
+                except OSError:
+                    continue  # removed meanwhile, or a link to nowhere, to itself or to where we may not look
                 if stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode):
                     entries.append(_entry(item.name, info))
         return entries
@@ -88,14 +93,14 @@ class LocalBackend(Backend):
         with self._renamed(path):
             return _entry(paths.split(path)[1], self._stat(self.locate(path), path))
 
-    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[bytes]:
-        future: Future[bytes] = Future()
+    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[Pieces]:
+        future: Future[Pieces] = Future()
         try:
             opened = self.open_file(path)
             try:
                 if fingerprint is not None and opened.entry.fingerprint != fingerprint:
                     raise failure(ECHANGED, path)
-                future.set_result(os.pread(opened.fileno(), stop - start, start))
+                future.set_result([_exactly(opened.fileno(), start, stop, path)])
             finally:
                 opened.close()
         except OSError as error:
@@ -117,7 +122,19 @@ class LocalBackend(Backend):
 
     def rmdir(self, path: str) -> None:
         with self._renamed(path):
-            os.rmdir(self.locate(path))
+            name = self.locate(path)
+            try:
+                os.rmdir(name)
+            except OSError as error:
+                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST} or not all(map(_is_temporary, os.listdir(name))):
+                    raise
+                self._clear(name)
+
+    def _clear(self, name: str) -> None:
+        """Remove a folder that shows nothing: what a kill between giving a file its name and its place left behind."""
+        for left in os.listdir(name):
+            os.unlink(os.path.join(name, left))
+        os.rmdir(name)
 
     def remove(self, path: str) -> None:
         with self._renamed(path):
@@ -141,7 +158,7 @@ class LocalBackend(Backend):
         return Usage(total=info.f_blocks * info.f_frsize, free=info.f_bavail * info.f_frsize)
 
     @contextlib.contextmanager
-    def _renamed(self, path: str) -> Any:
+    def _renamed(self, path: str) -> Iterator[None]:
         """Name the path in errors as the user knows it, not the place on this machine's disk."""
         try:
             yield
@@ -196,9 +213,10 @@ class LocalUpload(Upload):
         self._size = 0
         self._descriptor = -1
         self._temporary: str | None = None
+        self._is_over = False  # committed, failed or given up
 
     def write(self, data: bytes | memoryview) -> None:
-        with self._backend._renamed(self._path):
+        with self._unless_over():
             self._open()
             view = memoryview(data)
             while view:
@@ -206,10 +224,27 @@ class LocalUpload(Upload):
                 self._size += taken
                 view = view[taken:]
 
+    @contextlib.contextmanager
+    def _unless_over(self) -> Iterator[None]:
+        """Name the path in errors; after one (a disk that was full for a moment) nothing can be published any more."""
+        if self._is_over:
+            raise failure(errno.EIO, self._path, "The upload is over")
+        try:
+            with self._backend._renamed(self._path):
+                yield
+        except BaseException:
+            self._is_over = True
+            raise
+
+    def _target(self) -> str:
+        """Return the file to replace: what a link leads to where links are followed, else the link itself."""
+        name = self._backend.locate(self._path)
+        return os.path.realpath(name) if self._backend.tuning.follow_links else name
+
     def _open(self) -> None:
         if self._descriptor >= 0:
             return
-        folder = os.path.dirname(self._backend.locate(self._path))
+        folder = os.path.dirname(self._target())
         try:
             self._descriptor = os.open(folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
         except (AttributeError, OSError) as error:  # not on macOS, nor on every file system
@@ -219,11 +254,10 @@ class LocalUpload(Upload):
             self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def commit(self) -> Entry:
-        target = self._backend.locate(self._path)
-        with self._backend._renamed(self._path):
+        with self._unless_over():
+            target = self._target()
             self._open()
-            with contextlib.suppress(OSError):  # a new file keeps the access rights of the one that it replaces
-                os.fchmod(self._descriptor, stat.S_IMODE(os.stat(target, follow_symlinks=False).st_mode))
+            self._keep_access_rights(target)
             if self._mtime is not None:
                 os.utime(self._descriptor, (self._mtime, self._mtime))
             if self._backend.sync:
@@ -239,22 +273,33 @@ class LocalUpload(Upload):
         self.abort()  # only the descriptor is left to release
         return _entry(paths.split(self._path)[1], info)
 
+    def _keep_access_rights(self, target: str) -> None:
+        """Give the new file the rights of the one that it replaces; those of a symbolic link (777) mean nothing."""
+        with contextlib.suppress(OSError):
+            replaced = os.stat(target, follow_symlinks=False)
+            if stat.S_ISREG(replaced.st_mode):
+                os.fchmod(self._descriptor, stat.S_IMODE(replaced.st_mode))
+
     def _publish(self, target: str) -> None:
         if self._temporary is None:
-            self._link(_temporary_name(os.path.dirname(target)))
+            self._temporary = self._link(_temporary_name(os.path.dirname(target)))
         os.rename(self._temporary, target)
         self._temporary = None
 
-    def _link(self, temporary: str) -> None:
-        """Give the nameless file a name. linkat follows the link in /proc to it, which os.link does with a folder alone."""
+    def _link(self, temporary: str) -> str:
+        """Give the nameless file a name; return it.
+
+        linkat is to follow the link in /proc to it, which os.link does with a folder's descriptor alone.
+        """
         folder = os.open(os.path.dirname(temporary), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.link(f"/proc/self/fd/{self._descriptor}", os.path.basename(temporary), dst_dir_fd=folder)
         finally:
             os.close(folder)
-        self._temporary = temporary
+        return temporary
 
     def abort(self) -> None:
+        self._is_over = True
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -262,6 +307,18 @@ class LocalUpload(Upload):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
             self._temporary = None
+
+
+def _exactly(descriptor: int, start: int, stop: int, path: str) -> bytes:
+    """Return the bytes [start, stop); Linux reads 2 GiB at once at most. ECHANGED where the file ends before."""
+    pieces = []
+    while start < stop:
+        piece = os.pread(descriptor, stop - start, start)
+        if not piece:
+            raise failure(ECHANGED, path, f"The file ends {stop - start} bytes before the range that was asked for")
+        pieces.append(piece)
+        start += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _entry(name: str, info: os.stat_result) -> Entry:

@@ -1,12 +1,13 @@
 """What S3 and GCS have in common: no folders, whole immutable objects, and an fsspec filesystem that runs on asyncio.
 
-fsspec runs all its requests on one event loop in a thread of its own; a request is started from any thread and waited for
-there, so that parallel requests cost no threads of ours.
+fsspec runs all its requests on one event loop in a thread of its own; a request is started from any thread and waited
+for there, so that parallel requests cost no threads of ours.
 """
 
 from __future__ import annotations
 
 import asyncio
+import builtins
 import errno
 import hashlib
 import logging
@@ -18,7 +19,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import Backend, Entry, Tuning, Upload
+from ftpvfs.backend.backend import Backend, Entry, Pieces, Tuning, Upload
 from ftpvfs.errors import failure
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 # Parts of one upload on their way at once. Measured against SeaweedFS on two cores: 2 is slower, 8 no faster.
 UPLOAD_CONCURRENCY = 4
+# Bytes a second, for each of them. A guess: below it a time-out is likelier than a line that slow.
+SLOWEST_UPLOAD = 16 * 1024
 # True modification times asked for at once, for each of the `checkers`.
 MTIME_BATCH = 1000
 
@@ -55,6 +58,15 @@ class ObjectStoreBackend(Backend):
         except Exception as error:
             raise self.translated(error, path) from error
 
+    async def within_time(self, size: int, request: Awaitable[T]) -> T:
+        """Make a request that sends `size` bytes, unless it takes longer than on the slowest line that is of any use.
+
+        aiohttp's own clock starts when the body is out: a store that takes no more of it, or never says 100-continue
+        (which botocore waits for), would hang the upload for ever.
+        """
+        limit = self.tuning.read_timeout + size / SLOWEST_UPLOAD if self.tuning.read_timeout else None  # 0 is off
+        return await asyncio.wait_for(request, limit)
+
     async def gather(self, requests: Iterable[Callable[[], Awaitable[Any]]]) -> list[Any]:
         """Make many requests, `checkers` at a time; return outcomes and exceptions in their order."""
         gate = asyncio.Semaphore(self.tuning.checkers)
@@ -69,14 +81,14 @@ class ObjectStoreBackend(Backend):
 
     @abstractmethod
     def pages(self, prefix: str, *, delimiter: str, limit: int | None = None) -> AsyncIterator[ListedPage]:
-        """Yield what the store lists under a prefix of keys, page by page; at most `limit` entries where it is given."""
+        """Yield what the store lists under a prefix of keys, page by page; at most `limit` entries where given."""
 
     @abstractmethod
     async def head(self, path: str) -> Entry:
         """Return the entry of one object, its true modification time included."""
 
     @abstractmethod
-    async def read(self, path: str, start: int, stop: int, fingerprint: str | None) -> bytes:
+    async def read(self, path: str, start: int, stop: int, fingerprint: str | None) -> Pieces:
         """Return the bytes [start, stop) of one version."""
 
     @abstractmethod
@@ -94,7 +106,14 @@ class ObjectStoreBackend(Backend):
     # --- the backend's contract
 
     def key(self, path: str) -> str:
-        """Return the object's name in the bucket."""
+        """Return the object's name in the bucket; EINVAL for one that is not UTF-8.
+
+        gcsfs would write such a name with other characters, and two names could become one object.
+        """
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise failure(errno.EINVAL, path, "The store's names are UTF-8, and this is not") from error
         return paths.key(self.prefix, path)
 
     def folder_key(self, path: str) -> str:
@@ -106,7 +125,7 @@ class ObjectStoreBackend(Backend):
         """List one folder, a page at a time, so that the store's own bulky answers never pile up."""
         return self.ask(path, lambda: self._list(path))
 
-    async def _list(self, path: str) -> list[Entry]:
+    async def _list(self, path: str) -> builtins.list[Entry]:
         entries: dict[str, Entry] = {}
         found = not path
         async for page in self.pages(self.folder_key(path), delimiter="/"):
@@ -120,9 +139,7 @@ class ObjectStoreBackend(Backend):
     def _add(self, entries: dict[str, Entry], entry: Entry, folder: str) -> None:
         if not paths.is_listable(entry.name):
             logger.warning("%r in %r cannot be shown over FTP and is left out", entry.name, folder)
-        elif entry.name not in entries:
-            entries[entry.name] = entry
-        elif entries[entry.name].is_dir:  # `a` and `a/b` may both be objects; the file is the one that has bytes
+        elif entry.name not in entries or entries[entry.name].is_dir:
             entries[entry.name] = entry
 
     def stat(self, path: str) -> Entry:
@@ -141,7 +158,7 @@ class ObjectStoreBackend(Backend):
                 return Entry(paths.split(path)[1], is_dir=True)
         raise failure(errno.ENOENT, path)
 
-    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[bytes]:
+    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[Pieces]:
         return self.spawn(path, lambda: self.read(path, start, stop, fingerprint))
 
     def walk(self, path: str) -> Iterator[tuple[str, Entry]]:
@@ -160,13 +177,16 @@ class ObjectStoreBackend(Backend):
         self.ask(path, lambda: self.delete(path))
 
     def remove_many(self, paths: Iterable[str]) -> None:
+        failures = []
         remaining = iter(paths)
         while batch := list(islice(remaining, MTIME_BATCH)):
             outcomes = self.ask(batch[0], lambda names=batch: self.gather(  # type: ignore[misc]
                 [lambda name=name: self.delete(name) for name in names]))  # type: ignore[misc]
             for name, outcome in zip(batch, outcomes, strict=True):
                 if isinstance(outcome, BaseException):
-                    raise self.translated(outcome, name) from outcome
+                    failures.append((name, outcome))
+        for name, outcome in failures[:1]:
+            raise self.translated(outcome, name) from outcome
 
     def mkdir(self, path: str) -> None:
         self.ask(path, lambda: self.put(path + "/", b"", None))
@@ -188,7 +208,7 @@ class ObjectStoreBackend(Backend):
             for entry, head in zip(batch, heads, strict=True):
                 if isinstance(head, Entry):
                     entry.mtime = head.mtime
-                elif self.translated(head, folder).errno != errno.ENOENT:  # deleted meanwhile: its time matters to nobody
+                elif self.translated(head, folder).errno != errno.ENOENT:  # of what is gone meanwhile nobody asks it
                     raise self.translated(head, paths.join(folder, entry.name)) from head
 
 
@@ -210,8 +230,8 @@ class ListedPage:
 class PartsUpload(Upload):
     """An object that is sent in parts while it arrives. One thread at a time.
 
-    What is smaller than one part goes in one request at `commit`. Else parts of `part_size(number)` bytes leave as soon as
-    they are full, up to `concurrency` at once within the memory budget; `write` blocks while no more may leave.
+    What is smaller than one part goes in one request at `commit`. Else parts of `part_size(number)` bytes leave as soon
+    as they are full, up to `concurrency` at once within the memory budget; `write` blocks while no more may leave.
     """
 
     concurrency = UPLOAD_CONCURRENCY
@@ -222,6 +242,7 @@ class PartsUpload(Upload):
         self.mtime = mtime
         self.size = 0
         self._memory = backend.tuning.memory
+        self._is_over = False  # committed or given up
         self._pieces: list[bytes | memoryview] = []
         self._pending = 0
         self._parts: list[Future[Any]] = []
@@ -249,6 +270,7 @@ class PartsUpload(Upload):
     # --- the upload's contract
 
     def write(self, data: bytes | memoryview) -> None:
+        self._raise_if_over()
         self._pieces.append(bytes(data))
         self._pending += len(data)
         while (busy := self.pressure()) is not None:
@@ -291,13 +313,23 @@ class PartsUpload(Upload):
         return await self.send(number, offset, part)
 
     def commit(self) -> Entry:
+        self._raise_if_over()
         rest = b"".join(self._pieces)
         if not self._parts:
-            return self.backend.ask(self.path, lambda: self.backend.put(self.path, rest, self.mtime))
-        parts = [part.result() for part in self._parts]
-        return self.backend.ask(self.path, lambda: self.finish(parts, rest))
+            entry = self.backend.ask(self.path, lambda: self.backend.put(self.path, rest, self.mtime))
+        else:
+            parts = [part.result() for part in self._parts]
+            entry = self.backend.ask(self.path, lambda: self.finish(parts, rest))
+        self._is_over = True
+        self._parts, self._pieces, self._pending = [], [], 0
+        return entry
+
+    def _raise_if_over(self) -> None:
+        if self._is_over:
+            raise failure(errno.EIO, self.path, "The upload is over")
 
     def abort(self) -> None:
+        self._is_over = True
         self._pieces, self._pending = [], 0
         if not self._parts:
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tenacity
 
@@ -19,19 +19,26 @@ T = TypeVar("T")
 # rclone's pacer: from 10 ms to 2 s. Ours starts higher, since each try here costs a few milliseconds of CPU.
 FIRST_DELAY = 0.05
 LONGEST_DELAY = 5.0
+# Set on an error once all tries are used up. An operation made of others that retry for themselves (the pages of a
+# listing, the parts of a copy) is not tried again as a whole: ten tries of ten would be a hundred.
+SPENT = "ftpvfs_spent"
 
 
 class Retry:
     """Runs an operation up to `tries` times while it fails transiently. Any thread.
 
+    No try begins once `patience` seconds have passed (0: no end): a store that hangs is waited for once, not ten times.
     The last error is raised as it came: translating it is the caller's.
     """
 
-    def __init__(self, tries: int) -> None:
+    def __init__(self, tries: int, patience: float = 0.0) -> None:
+        stop: Any = tenacity.stop_after_attempt(max(1, tries))
+        if patience:
+            stop |= tenacity.stop_after_delay(patience)
         options = {
-            "stop": tenacity.stop_after_attempt(max(1, tries)),
+            "stop": stop,
             "wait": tenacity.wait_random_exponential(multiplier=FIRST_DELAY, max=LONGEST_DELAY),
-            "retry": tenacity.retry_if_exception(is_transient),
+            "retry": tenacity.retry_if_exception(_is_worth_another),
             "before_sleep": _log,
             "reraise": True,
         }
@@ -40,7 +47,11 @@ class Retry:
 
     def call(self, operation: Callable[[], T]) -> T:
         """Run a blocking operation, in this thread."""
-        return self._sync.copy()(operation)
+        try:
+            return self._sync.copy()(operation)
+        except Exception as error:
+            setattr(error, SPENT, True)
+            raise
 
     async def acall(self, operation: Callable[[], Awaitable[T]]) -> T:
         """Run an operation on the event loop it belongs to."""
@@ -48,7 +59,15 @@ class Retry:
         async def attempt() -> T:  # tenacity awaits only what it can tell to be a coroutine function
             return await operation()
 
-        return await self._async.copy()(attempt)
+        try:
+            return await self._async.copy()(attempt)
+        except Exception as error:
+            setattr(error, SPENT, True)
+            raise
+
+
+def _is_worth_another(error: BaseException) -> bool:
+    return not getattr(error, SPENT, False) and is_transient(error)
 
 
 def _log(state: tenacity.RetryCallState) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import errno
 import logging
+import math
 import re
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime, timezone
@@ -20,10 +21,12 @@ from xml.etree import ElementTree
 import aiobotocore.session
 import s3fs
 from aiobotocore.parsers import AioResponseParserFactory, AioRestXMLParser
+from botocore.exceptions import ClientError
+from botocore.handlers import _handle_200_error
 from botocore.utils import parse_timestamp
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import UNCACHED, Backend, Entry, Tuning, Upload
+from ftpvfs.backend.backend import UNCACHED, Backend, Entry, Pieces, Tuning, Upload
 from ftpvfs.backend.capability import Capability
 from ftpvfs.backend.objectstore import ListedPage, ObjectStoreBackend, PartsUpload, md5
 from ftpvfs.errors import failure
@@ -31,13 +34,19 @@ from ftpvfs.errors import failure
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
+# asyncio receives this much at once, so that larger pieces would have to be joined.
+PIECE = 2**18
 # S3's own limits: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 MAX_PARTS = 10_000
 MAX_COPY = 5 * 2**30
 # rclone's metadata key, so that both programs agree on times: seconds since the epoch with nanoseconds.
 MTIME = "mtime"
 # What a copy with new metadata would otherwise lose.
-KEPT_HEADERS = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "StorageClass")
+# Access lists, tags (where a copy goes in parts) and object locks are the target bucket's.
+KEPT_HEADERS = (
+    "CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Expires",
+    "StorageClass", "ServerSideEncryption", "SSEKMSKeyId", "BucketKeyEnabled", "WebsiteRedirectLocation",
+)  # fmt: skip
 PLAIN_MD5 = re.compile(r'"?([0-9a-f]{32})(-\d+)?"?$')
 
 
@@ -72,11 +81,18 @@ class S3Backend(ObjectStoreBackend):
         self.fs = s3fs.S3FileSystem(session=_session(options.pop("profile", None)), **{**UNCACHED, **options})
         self.fs.retries = 1
 
+    def close(self) -> None:
+        if self.fs._s3 is not None:
+            self.fs.close_session(self.fs.loop, self.fs._s3creator)
+
     async def call(self, operation: str, path: str | None = None, **arguments: Any) -> dict[str, Any]:
         """Make one botocore request in the bucket, on the object at `path` where it is given."""
         if path is not None:
             arguments["Key"] = self.key(path)
-        return await self.fs._call_s3(operation, Bucket=self.bucket, **arguments)  # type: ignore[no-any-return]
+        request = self.fs._call_s3(operation, Bucket=self.bucket, **arguments)
+        if "Body" in arguments:
+            return await self.within_time(len(arguments["Body"]), request)
+        return await request  # type: ignore[no-any-return]
 
     def check(self) -> None:
         async def probe() -> None:
@@ -95,12 +111,20 @@ class S3Backend(ObjectStoreBackend):
             arguments["Delimiter"] = delimiter
         if limit:
             arguments["MaxKeys"] = limit + 1  # the folder's own marker counts, too
-        while True:
-            answer = await self.retry.acall(lambda: self.call("list_objects_v2", **arguments))
-            yield self._page(answer, prefix, flat=not delimiter)
-            if limit or not answer.get("IsTruncated"):
-                return
-            arguments["ContinuationToken"] = answer["NextContinuationToken"]
+        request = self._list_page(arguments)
+        try:
+            while request is not None:
+                answer = await request
+                token = None if limit else answer["NextContinuationToken"]
+                # The store looks for the next page while this one is taken apart.
+                request = self._list_page({**arguments, "ContinuationToken": token}) if token else None
+                yield await asyncio.to_thread(self._page, answer, prefix, flat=not delimiter)
+        finally:
+            if request is not None:
+                request.cancel()
+
+    def _list_page(self, arguments: dict[str, Any]) -> asyncio.Task[dict[str, Any]] | None:
+        return asyncio.ensure_future(self.retry.acall(lambda: self.call("list_objects_v2", **arguments)))
 
     def _page(self, answer: Mapping[str, Any], prefix: str, *, flat: bool) -> ListedPage:
         cut = len(prefix)
@@ -112,6 +136,7 @@ class S3Backend(ObjectStoreBackend):
                 size=item["Size"],
                 mtime=item["LastModified"] if known_mtime or flat else None,
                 fingerprint=item.get("ETag"),
+                stamp=int(item["LastModified"]),
             )
             for item in answer.get("Contents", ())
             if item["Key"] != prefix
@@ -126,16 +151,17 @@ class S3Backend(ObjectStoreBackend):
     def _entry(self, path: str, head: Mapping[str, Any]) -> Entry:
         modified = head["LastModified"].timestamp()
         mtime = modified if self.tuning.server_mtime else _stored_mtime(head, modified)
-        return Entry(paths.split(path)[1], False, head["ContentLength"], mtime, head.get("ETag"))
+        return Entry(paths.split(path)[1], False, head["ContentLength"], mtime, head.get("ETag"), int(modified))
 
-    async def read(self, path: str, start: int, stop: int, fingerprint: str | None) -> bytes:
+    async def read(self, path: str, start: int, stop: int, fingerprint: str | None) -> Pieces:
         condition = {"IfMatch": fingerprint} if fingerprint else {}
         answer = await self.call("get_object", path, Range=f"bytes={start}-{stop - 1}", **condition)
         async with answer["Body"] as body:
-            data: bytes = await body.read()
-        if len(data) != stop - start:
-            raise ConnectionResetError(errno.ECONNRESET, f"{len(data)} of {stop - start} bytes arrived")
-        return data
+            pieces: Pieces = [piece async for piece in body.iter_chunks(PIECE)]
+        arrived = sum(map(len, pieces))
+        if arrived != stop - start:
+            raise ConnectionResetError(errno.ECONNRESET, f"{arrived} of {stop - start} bytes arrived")
+        return pieces
 
     # --- writing
 
@@ -153,7 +179,8 @@ class S3Backend(ObjectStoreBackend):
     def verify_etag(self, path: str, answer: Mapping[str, Any], expected: str) -> bool:
         """Compare an ETag that is an MD5 with ours; return False where the store's says something else (encryption)."""
         match = PLAIN_MD5.match(answer.get("ETag") or "")
-        encrypted = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in answer
+        by_key = str(answer.get("ServerSideEncryption", "")).startswith("aws:kms")
+        encrypted = by_key or "SSECustomerAlgorithm" in answer
         if not match or encrypted:
             return False
         found = match[1] + (match[2] or "")
@@ -170,9 +197,9 @@ class S3Backend(ObjectStoreBackend):
         head = await self.call("head_object", source)
         entry = self._entry(source, head)
         # A copy gets a new LastModified, so the old time must go into the metadata or be lost.
-        entry.mtime = mtime if mtime is not None else entry.mtime
+        kept_mtime = _stored_mtime(head, head["LastModified"].timestamp()) if mtime is None else mtime
         headers: dict[str, Any] = {name: head[name] for name in KEPT_HEADERS if head.get(name)}
-        headers["Metadata"] = {**head.get("Metadata", {}), **_metadata(entry.mtime)}
+        headers["Metadata"] = {**head.get("Metadata", {}), **_metadata(kept_mtime)}
         if entry.size <= self.copy_limit:
             await self._copy_whole(source, target, head["ETag"], headers)
         else:
@@ -218,7 +245,10 @@ class S3Backend(ObjectStoreBackend):
                     raise outcome
             await self.complete(target, upload_id, outcomes)
         except BaseException:
-            await asyncio.shield(self.call("abort_multipart_upload", target, UploadId=upload_id))
+            try:
+                await asyncio.shield(self.call("abort_multipart_upload", target, UploadId=upload_id))
+            except Exception as error:  # noqa: BLE001 - what broke the copy is the better news
+                logger.warning("parts of a broken copy to %r may be left: %s", target, type(error).__name__)
             raise
 
     async def complete(self, path: str, upload_id: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -235,8 +265,11 @@ class S3Backend(ObjectStoreBackend):
             except Exception as error:
                 if tries == 1 or self.translated(error, path).errno != errno.ENOENT:
                     raise
-                # The upload is gone: an earlier try did it and its answer was lost. The caller compares the ETag.
-                return await self.call("head_object", path)
+                # The upload is gone: an earlier try may have done it, and its answer was lost.
+                head = await self.call("head_object", path)
+                if head.get("ETag", "").strip('"') != _composite_etag(parts):
+                    raise failure(errno.EIO, path, "The store has forgotten the upload") from None
+                return head
 
         return await self.retry.acall(attempt)
 
@@ -254,7 +287,7 @@ class S3Upload(PartsUpload):
 
     def part_size(self, number: int) -> int:
         # Unknown sizes grow: 16 GiB in the first 2,000 parts, 5 TiB (S3's limit) within the 10,000.
-        return max(self._least_part, 8 * MIB * 4 ** (number // 2000))
+        return max(self._least_part, 8 * MIB << 2 * (number // 2000))
 
     async def _begun(self) -> str:
         """Return the upload's id; the first part that comes here begins it, the others wait."""
@@ -303,8 +336,18 @@ class S3Upload(PartsUpload):
     async def discard(self) -> None:
         if self._upload_id is None:
             return
-        upload_id = await self._upload_id
+        await asyncio.wait([self._upload_id])
+        if self._upload_id.cancelled() or self._upload_id.exception() is not None:
+            return  # it never began
+        upload_id = self._upload_id.result()
         await self.backend.call("abort_multipart_upload", self.path, UploadId=upload_id)
+
+
+def _composite_etag(parts: list[dict[str, Any]]) -> str | None:
+    """Return the ETag of an object made of these parts: the MD5 of their MD5s; None where theirs are something else."""
+    matches = [PLAIN_MD5.match(part["ETag"]) for part in parts]
+    digests = [bytes.fromhex(match[1]) for match in matches if match]
+    return f"{md5(b''.join(digests)).hex()}-{len(parts)}" if len(digests) == len(parts) else None
 
 
 def _metadata(mtime: float | None) -> dict[str, str]:
@@ -313,23 +356,24 @@ def _metadata(mtime: float | None) -> dict[str, str]:
 
 def _stored_mtime(head: Mapping[str, Any], otherwise: float) -> float:
     try:
-        return float(head["Metadata"][MTIME])
+        mtime = float(head["Metadata"][MTIME])
     except (KeyError, ValueError):
         return otherwise
+    return mtime if math.isfinite(mtime) else otherwise
 
 
-# --- listings, parsed fast: botocore spends 0.1 ms on each listed object, most of it on the date (measured: 1.2 s of CPU
-# for 10,000 objects, 0.1 s this way). Parsers are a component of a session that it lets a program replace.
+# --- listings, parsed fast: botocore spends 0.1 ms on each listed object, most of it on the date (measured: 1.2 s of
+# CPU for 10,000 objects, 0.1 s this way). Parsers are a component of a session that it lets a program replace.
 
 
-class _ListingParser(AioRestXMLParser):  # type: ignore[misc]
+class _ListingParser(AioRestXMLParser):
     def _do_parse(self, response: Any, shape: Any) -> Any:
         if shape is not None and shape.name == "ListObjectsV2Output":
             return _parse_listing(response["body"])
         return super()._do_parse(response, shape)
 
 
-class _ParserFactory(AioResponseParserFactory):  # type: ignore[misc]
+class _ParserFactory(AioResponseParserFactory):
     def create_parser(self, protocol_name: str) -> Any:
         if protocol_name == "rest-xml":
             return _ListingParser(**self._defaults)
@@ -339,18 +383,33 @@ class _ParserFactory(AioResponseParserFactory):  # type: ignore[misc]
 def _session(profile: str | None) -> Any:
     session = aiobotocore.session.AioSession(profile=profile)
     session.register_component("response_parser_factory", _ParserFactory())
+    # botocore parses every answer once more to see whether a 200 hides an error; for listings ours sees that.
+    session.unregister(EVERY_ANSWER, _handle_200_error)
+    session.register(EVERY_ANSWER, _unless_listing)
     return session
+
+
+EVERY_ANSWER = "before-parse.s3.*"
+
+
+def _unless_listing(operation_model: Any, response_dict: dict[str, Any], **arguments: Any) -> None:
+    if operation_model.name != "ListObjectsV2":
+        _handle_200_error(operation_model, response_dict, **arguments)
 
 
 def _parse_listing(body: bytes) -> dict[str, Any]:
     """Return what botocore would of a ListObjectsV2 answer, as far as the backend needs it; keys are URL-decoded."""
     root = ElementTree.fromstring(body)
-    namespace = root.tag[: root.tag.index("}") + 1] if root.tag.startswith("{") else ""
+    namespace, _, kind = root.tag.rpartition("}")
+    namespace += "}" if namespace else ""
+    if kind == "Error":
+        code = root.findtext(namespace + "Code") or "InternalError"
+        raise ClientError({"Error": {"Code": code, "Message": ""}}, "ListObjectsV2")
     tag_key, tag_size, tag_etag, tag_date = (namespace + name for name in ("Key", "Size", "ETag", "LastModified"))
     decoded = unquote_plus if root.findtext(namespace + "EncodingType") == "url" else str
+    truncated = root.findtext(namespace + "IsTruncated") == "true"
     answer: dict[str, Any] = {
-        "IsTruncated": root.findtext(namespace + "IsTruncated") == "true",
-        "NextContinuationToken": root.findtext(namespace + "NextContinuationToken"),
+        "NextContinuationToken": root.findtext(namespace + "NextContinuationToken") if truncated else None,
         "Contents": [
             {
                 "Key": decoded(item.findtext(tag_key, "")),

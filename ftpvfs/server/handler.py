@@ -1,19 +1,32 @@
-"""Control connections: pyftpdlib's verbs, with the replies that clients of a store need."""
+"""Control connections: pyftpdlib's verbs, with the replies that clients of a store need.
+
+Each command gets its final reply, each transfer exactly one, whatever fails; and no name in a command or a reply
+can make a second line of it.
+"""
 
 from __future__ import annotations
 
 import errno
+import fnmatch
+import glob
 import logging
+import posixpath
+import re
 from typing import Any
 
+from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.handlers import FTPHandler, TLS_FTPHandler
+from pyftpdlib.handlers.ftp.producers import BufferedIteratorProducer
 from pyftpdlib.log import logger as session_logger
+from pyftpdlib.utils import is_ssl_sock
 
+from ftpvfs import paths
+from ftpvfs.server.dispatch import VFSActiveDTP, VFSPassiveDTP
 from ftpvfs.server.transfer import NO_SPACE, TLS_VFSDTPHandler, VFSDTPHandler
 
 logger = logging.getLogger(__name__)
 
-# pyftpdlib answers 550 to every failure, which tells a client not to try again. RFC 959, section 4.2: 4xx may be tried.
+# pyftpdlib answers 550 to every failure, which tells a client not to try again. RFC 959, section 4.2: 4xx may be.
 TRY_AGAIN = {
     errno.EBUSY,
     errno.EAGAIN,
@@ -27,6 +40,12 @@ TRY_AGAIN = {
 }
 BAD_NAME = {errno.EINVAL, errno.ENAMETOOLONG, errno.EISDIR}
 TRANSFERS = {"RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"}
+# `LIST -la folder`: what ls knows and clients send. A folder that is called so is listed as `./-la`.
+LS_OPTIONS = re.compile(r"-[aAlLFRrStdhn1]+(?: |$)")
+# `MDTM 20240102030405 name`, by which old clients set a time; some write fractions of seconds, in MFMT as well.
+TIME_AND_NAME = re.compile(r"(\d{14})(?:\.\d+)? +(\S.*)")
+# A name has 255 bytes at most, an S3 key 1024; pyftpdlib's limit.
+LONGEST_COMMAND = 2048
 
 
 def reply_code(error: OSError) -> int:
@@ -38,10 +57,22 @@ def reply_code(error: OSError) -> int:
     return 553 if error.errno in BAD_NAME else 550
 
 
-class VFSHandler(FTPHandler):  # type: ignore[misc]
+class VFSHandler(FTPHandler):
     """A session over a `VFSFilesystem`; set `abstracted_fs` and `authorizer` on a subclass. Runs on its event loop."""
 
+    # pyftpdlib's own.
+    _in_buffer: list[bytes]
+    data_channel: Any
+    _dtp_acceptor: Any
+    _dtp_connector: Any
+    _in_dtp_queue: Any
+    _out_dtp_queue: Any
+
+    # Tells the data connection that it is to answer for every transfer, also for one that is closed from here.
+    leaves_answers = True
     dtp_handler = VFSDTPHandler
+    passive_dtp = VFSPassiveDTP
+    active_dtp = VFSActiveDTP
     banner = "ftpvfs ready."
     # Names that are not UTF-8 go out as they are and come back the same.
     unicode_errors = "surrogateescape"
@@ -50,11 +81,14 @@ class VFSHandler(FTPHandler):  # type: ignore[misc]
     def __init__(self, conn: Any, server: Any, ioloop: Any = None) -> None:
         # What the filesystem said about the command that runs; it decides the code of a 550.
         self.failure: OSError | None = None
+        self._is_overlong = False
         super().__init__(conn, server, ioloop=ioloop)
+
+    # --- replies and the log
 
     def respond(self, resp: str, logfun: Any = session_logger.debug) -> None:
         """Send a reply; a 550 gets the code that its reason deserves."""
-        if self.failure is not None and resp.startswith("550 "):
+        if self.failure is not None and resp[:4] in {"550 ", "450 "}:
             resp = f"{reply_code(self.failure)} {resp[4:]}"
         super().respond(resp, logfun)
 
@@ -62,31 +96,158 @@ class VFSHandler(FTPHandler):  # type: ignore[misc]
         """Send text; a reply must not fail for the name in it."""
         super(FTPHandler, self).push(data.encode(self.encoding, self.unicode_errors))
 
+    def log(self, msg: str, logfun: Any = session_logger.info) -> None:
+        """Log for the session; a name that is not UTF-8 is written with escapes."""
+        super().log(_loggable(msg), logfun)
+
+    def logline(self, msg: str, logfun: Any = session_logger.debug) -> None:
+        """Log a command or reply."""
+        super().logline(_loggable(msg), logfun)
+
+    # --- commands
+
+    def collect_incoming_data(self, data: bytes) -> None:
+        """Gather a command. One that is too long is dropped to its end: its tail must not run as another."""
+        if self._in_buffer_len + len(data) > LONGEST_COMMAND:
+            self._is_overlong = True
+        if not self._is_overlong:
+            super().collect_incoming_data(data)
+
+    def found_terminator(self) -> None:
+        """Run the command that has arrived."""
+        if self._is_overlong:
+            self._is_overlong = False
+            self._in_buffer, self._in_buffer_len = [], 0
+            self.respond_w_warning("500 Command too long.")
+        else:
+            super().found_terminator()
+
     def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
-        """Accept `LIST -la folder` as ls does, and see to it that a transfer has a data connection to come."""
+        """Run one command; whatever fails, it gets a reply and the session goes on."""
         self.failure = None
-        if cmd in {"LIST", "NLST", "STAT"} and arg.startswith("-"):
-            arg = arg.partition(" ")[2].lstrip()
-            line = f"{cmd} {arg}".rstrip()
-        if cmd in TRANSFERS and self.authenticated and not self._expects_data():
-            self.respond("425 Use PASV or PORT first.")
+        self._last_response = ""
+        try:
+            self._run(line, cmd, arg)
+        except UnicodeEncodeError:
+            self.respond("553 The store cannot hold a name that is not UTF-8.")
+        except Exception:  # noqa: BLE001 - logged with its traceback; a bug must not end the session
+            self.log_exception(self)
+            if not self._closed and (not self._last_response or self._last_response.startswith("1")):
+                self.respond("451 Internal error.")
+        finally:
+            if cmd in TRANSFERS:  # REST is for the one command after it, also when that is refused
+                self._restart_position = 0
+
+    def _run(self, line: str, cmd: str, arg: str) -> None:
+        if not paths.FORBIDDEN.isdisjoint(line):
+            self.respond("501 A command has no line break or NUL in it.")
             return
-        super().pre_process_command(line, cmd, arg)
+        if cmd in TRANSFERS and self.authenticated and not self._may_transfer():
+            return
+        if cmd in {"LIST", "NLST", "STAT"}:
+            while match := LS_OPTIONS.match(arg):
+                arg = arg[match.end() :].lstrip(" ")
+        elif self._sets_time(cmd, arg):
+            cmd, arg = "MFMT", TIME_AND_NAME.sub(r"\1 \2", arg)
+        if cmd == "STAT" and self.authenticated and glob.has_magic(arg):
+            self._stat_literally(arg)
+            return
+        super().pre_process_command(f"{cmd} {arg}" if arg else cmd, cmd, arg)
+
+    def _sets_time(self, cmd: str, arg: str) -> bool:
+        if cmd not in {"MDTM", "MFMT"} or not TIME_AND_NAME.fullmatch(arg):
+            return False
+        return cmd == "MFMT" or (self.authenticated and not self.fs.lexists(self.fs.ftp2fs(arg)))
+
+    def _may_transfer(self) -> bool:
+        """Tell whether a transfer may begin, after a word to the client where not."""
+        if self._is_transferring():
+            self.respond("503 Another transfer is under way.")
+        elif not self._expects_data():
+            self.respond("425 Use PASV or PORT first.")
+        else:
+            return True
+        return False
+
+    def _is_transferring(self) -> bool:
+        queued = self._in_dtp_queue is not None or self._out_dtp_queue is not None
+        return queued or (self.data_channel is not None and self.data_channel._initialized)
 
     def _expects_data(self) -> bool:
-        return any((self.data_channel, self._dtp_acceptor, self._dtp_connector))
+        coming = (self._dtp_acceptor, self._dtp_connector)
+        return self.data_channel is not None or any(each is not None and not each._closed for each in coming)
+
+    # --- data connections
+
+    def _make_epasv(self, extmode: bool = False) -> None:
+        try:
+            super()._make_epasv(extmode)
+        except OSError as error:
+            self.respond_w_warning(f"425 Can't open a data connection: {error.strerror}.")
+
+    def push_dtp_data(
+        self, data: Any, isproducer: bool = False, file: Any = None, cmd: str | None = None
+    ) -> None:
+        """Send data; the channel knows the command before it can be through with it."""
+        if self.data_channel is not None:
+            self.data_channel.cmd = cmd
+        super().push_dtp_data(data, isproducer, file, cmd)
+
+    def no_data_connection(self, reason: str) -> None:
+        """Answer the transfer that waits, if one does, for a data connection which will not come."""
+        self._dtp_acceptor = self._dtp_connector = None
+        self._drop_queued(f"425 {reason}.")
 
     def _shutdown_connecting_dtp(self) -> None:
         """Forget, with a data connection that never came, the transfer that waited for it."""
         super()._shutdown_connecting_dtp()
-        self._drop_queued()
+        self._drop_queued("426 No data connection came; transfer aborted.")
 
-    def _drop_queued(self) -> None:
-        waiting = [self._in_dtp_queue and self._in_dtp_queue[0], self._out_dtp_queue and self._out_dtp_queue[2]]
+    def _drop_queued(self, reply: str) -> None:
+        if self._in_dtp_queue is None and self._out_dtp_queue is None:
+            return
+        file = self._in_dtp_queue[0] if self._in_dtp_queue is not None else self._out_dtp_queue[2]
         self._in_dtp_queue = self._out_dtp_queue = None
-        for file in waiting:
-            if file is not None:
-                file.close()
+        if not self._closed:
+            self.respond(reply)
+        if file is not None:
+            file.close()
+
+    def ftp_ABOR(self, line: str) -> None:
+        """Abort the transfer: 426 for it and 226 for the ABOR (RFC 959, section 4.1.3), also before its first byte."""
+        channel = self.data_channel
+        if channel is not None and not isinstance(channel, VFSDTPHandler):
+            super().ftp_ABOR(line)
+            return
+        if not self._expects_data():
+            self.respond("225 No transfer to abort.")
+            return
+        was_transferring = self._is_transferring()
+        self._shutdown_connecting_dtp()
+        if channel is not None:
+            channel.break_off("Aborted by the client")
+        if was_transferring:
+            self.respond("226 ABOR command successful.")
+        else:
+            self.respond("225 ABOR command successful; data channel closed.")
+
+    def ftp_QUIT(self, line: str) -> None:
+        """Say goodbye, after the word on a transfer whose data connection has not come; one that runs is let finish."""
+        self._drop_queued("426 No data connection came; transfer aborted.")
+        super().ftp_QUIT(line)
+
+    # --- folders
+
+    def ftp_CWD(self, path: str) -> str | None:
+        """Change the folder. pyftpdlib's own asks for this process's folder, and fails where that is gone."""
+        try:
+            self.run_as_current_user(self.fs.chdir, path)
+        except FilesystemError as error:
+            self.respond(f"550 {error}.")
+            return None
+        cwd = self.fs.cwd.replace('"', '""')
+        self.respond(f'250 "{cwd}" is the current directory.')
+        return path
 
     def ftp_MLSD(self, path: str) -> Any:
         """List a folder; a missing one is 550, as clients expect (RFC 3659 asks 501 for what is no folder)."""
@@ -95,8 +256,71 @@ class VFSHandler(FTPHandler):  # type: ignore[misc]
             return None
         return super().ftp_MLSD(path)
 
+    def ftp_LIST(self, path: str) -> Any:
+        """List a folder, a file, or what a pattern matches."""
+        names = self._matches(path)
+        if names is None:
+            return super().ftp_LIST(path)
+        try:
+            lines = self.fs.format_list(posixpath.dirname(path), names)
+        except FilesystemError as error:
+            self.respond(f"550 {error}.")
+            return None
+        self.push_dtp_data(BufferedIteratorProducer(lines), isproducer=True, cmd="LIST")
+        return path
 
-class TLS_VFSHandler(VFSHandler, TLS_FTPHandler):  # type: ignore[misc]
+    def ftp_NLST(self, path: str) -> Any:
+        """List the names in a folder, a file's, or those that a pattern matches."""
+        names = self._matches(path)
+        if names is None:
+            return super().ftp_NLST(path)
+        text = "".join(f"{name}\r\n" for name in names)
+        self.push_dtp_data(text.encode(self.encoding, self.unicode_errors), cmd="NLST")
+        return path
+
+    def _matches(self, path: str) -> list[str] | None:
+        """Return the names that a pattern in the path's last part matches; None where it is to be taken literally.
+
+        So is what exists under that very name, and the pattern in a folder that cannot be listed: pyftpdlib says why.
+        """
+        folder, pattern = posixpath.split(path)
+        if not glob.has_magic(pattern) or self.fs.lexists(path):
+            return None
+        try:
+            names = self.run_as_current_user(self.fs.listdir, folder)
+        except FilesystemError:
+            return None
+        return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+    def _stat_literally(self, arg: str) -> None:
+        """Answer STAT for a name with brackets or stars in it, which pyftpdlib refuses as a pattern."""
+        self.logline(f"<- STAT {arg}")
+        path = self.fs.ftp2fs(arg)
+        if self.authorizer.has_perm(self.username, "l", path):
+            self.process_command("STAT", path)
+        else:
+            self.respond("550 Not enough privileges.")
+
+    def ftp_STOU(self, line: str) -> Any:
+        """Store under a new name; who may not write there is told so before anything is made."""
+        target = self.fs.ftp2fs(line) if line else posixpath.join(self.fs.ftp2fs(self.fs.cwd), "ftpd")
+        if not self.authorizer.has_perm(self.username, "w", target):
+            self.respond("550 Not enough privileges.")
+            return None
+        return super().ftp_STOU(line)
+
+
+class TLS_VFSHandler(VFSHandler, TLS_FTPHandler):
     """The same with FTPS; `certfile` and the other attributes are pyftpdlib's."""
 
     dtp_handler = TLS_VFSDTPHandler
+
+    def ftp_AUTH(self, line: str) -> None:
+        """Begin TLS; what was sent in clear behind AUTH was sent by anybody, and is dropped."""
+        super().ftp_AUTH(line)
+        if is_ssl_sock(self.socket):
+            self.ac_in_buffer = b""
+
+
+def _loggable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,10 +1,10 @@
 """Listings with an age, single names with an age, and the changes made here that an older answer cannot know.
 
-One store listing answers for all children. A name in a folder that was never listed costs one request of its own, and the
-folder is listed once several names were asked for. However many ask for the same, one request flies.
+One store listing answers for all children. A name in a folder that was never listed costs one request of its own, and
+the folder is listed once several names were asked for. However many ask for the same, one request flies.
 
-A local change is applied to what is cached at once. An answer of the store may have been on its way meanwhile, so each
-change is also kept, with its place in time, until an answer arrives that was asked for after it.
+A local change is applied to what is cached at once, and told to the requests that are on their way: their answers may
+not know it. So nothing has to be remembered of a change once the requests that flew meanwhile have landed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,12 @@ from ftpvfs.errors import failure
 # Single requests for names of one folder before it is listed instead; a guess between a client that wants one file of a
 # huge folder and one that asks for the size of every file without listing.
 SINGLES_BEFORE_LISTING = 16
+# Single names kept of a folder that is not listed, so that one which is only written to does not grow for ever.
+SINGLES_KEPT = 1024
+# Folders known before those that nobody asks about are looked for.
+FOLDERS_BEFORE_SWEEP = 1024
+# What is known of folders that were never listed is dropped after this time, also where answers are good for ever.
+UNLISTED_KEPT = 300.0
 
 
 class Listing:
@@ -33,17 +39,35 @@ class Listing:
     `rendered` is for the layer above: what it made of this listing.
     """
 
-    __slots__ = ("entries", "names", "rendered", "timed")
+    __slots__ = ("_folded", "_names", "entries", "rendered", "timed")
 
     def __init__(self, entries: dict[str, Entry]) -> None:
         self.entries = entries
-        self.names = sorted(entries)
         self.rendered: dict[Any, bytes] = {}
         # Set once the entries' true modification times are filled in.
         self.timed = False
+        # Made when first wanted, and not under the cache's lock: a large folder takes a while.
+        self._names: list[str] | None = None
+        self._folded: dict[str, str] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names in their order."""
+        if self._names is None:
+            self._names = sorted(self.entries)
+        return self._names
+
+    def find(self, name: str, fold: Callable[[str], str]) -> Entry | None:
+        """Return the entry called so, else the first one that is after `fold`."""
+        entry = self.entries.get(name)
+        if entry is None:
+            if self._folded is None:
+                self._folded = {fold(known): known for known in reversed(self.names)}
+            entry = self.entries.get(self._folded.get(fold(name), ""))
+        return entry
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.entries)
 
     def __iter__(self) -> Iterator[Entry]:
         return (self.entries[name] for name in self.names)
@@ -53,21 +77,32 @@ class Listing:
 class _Folder:
     """What is known of one folder. Protected by the cache's lock."""
 
+    # None: never listed, or `missing`.
     entries: dict[str, Entry] | None = None
-    read_at: float = 0.0
+    missing: bool = False
+    read_at: float = float("-inf")
+    # The flight that brought the entries; what left before it knows less.
+    flight: int = 0
     used_at: float = 0.0
     # name -> (entry or None, when it was asked for)
     singles: dict[str, tuple[Entry | None, float]] = field(default_factory=dict)
-    # name -> (entry or None, the change's place in time)
-    changes: dict[str, tuple[Entry | None, int]] = field(default_factory=dict)
-    asked: int = 0
+    # When single names were asked of the store, as long as those answers are good.
+    asked: list[float] = field(default_factory=list)
     listing: Listing | None = None
-    folded: dict[str, str] | None = None
 
-    def touch(self) -> None:
-        """Drop what was derived from the entries."""
-        self.listing = None
-        self.folded = None
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One request on its way to the store and back. All but `answer` is protected by the cache's lock."""
+
+    kind: str
+    path: str
+    number: int
+    answer: Future[Any] = field(default_factory=Future)
+    # Names that were changed here since it left: its answer may not know.
+    changes: dict[str, Entry | None] = field(default_factory=dict)
+    # False: good for those who wait for it, not for those who come later.
+    kept: bool = True
 
 
 class DirCache:
@@ -95,20 +130,28 @@ class DirCache:
         self._lock = threading.Lock()
         # Protected by _lock.
         self._folders: dict[str, _Folder] = {}
-        self._flights: dict[tuple[str, str], Future[Any]] = {}
-        self._moment = itertools.count(1)
-        self._forgotten_at = 0
+        self._sweep_at = FOLDERS_BEFORE_SWEEP
+        # The flights that those who ask now may wait for, and all that are in the air.
+        self._flights: dict[tuple[str, str], _Flight] = {}
+        self._airborne: set[_Flight] = set()
+        self._number = itertools.count(1)
 
     # --- questions
 
     def listing(self, path: str, *, fresh: bool = False) -> Listing:
-        """Return the folder's entries; `fresh` asks the store whatever is cached. Raises ENOENT."""
+        """Return the folder's entries; `fresh` asks the store whatever is cached or on its way. Raises ENOENT."""
         with self._lock:
             folder = self._folder(path)
             folder.used_at = self._clock.monotonic()
             if not fresh and self._is_current(folder):
+                if folder.missing:
+                    raise failure(errno.ENOENT, path)
                 return self._listing_locked(folder)
-        return self._once("list", path, lambda: self._read_folder(path))  # type: ignore[no-any-return]
+        return self._once("list", path, self._read_folder, fresh=fresh)  # type: ignore[no-any-return]
+
+    def reread(self, path: str) -> None:
+        """Ask the store for the folder again; unlike `listing` this does not count as a use of it. Raises ENOENT."""
+        self._once("list", path, self._read_folder, fresh=True)
 
     def lookup(self, path: str) -> Entry:
         """Return the entry of one path. Raises ENOENT."""
@@ -124,49 +167,63 @@ class DirCache:
 
     def real_name(self, path: str) -> str:
         """Return the path as the store spells it, for a path that differs in Unicode form or case alone."""
-        parent, name = paths.split(path)
-        if not path:
+        if not path or not self._folds(path):
             return path
-        return paths.join(self.real_name(parent) if self._folds(parent) else parent, self._real_name(parent, name))
-
-    def _real_name(self, parent: str, name: str) -> str:
+        parent, name = paths.split(path)
+        parent = self.real_name(parent)
+        path = paths.join(parent, name)
         if not self._folds(name):
-            return name
+            return path
         try:
-            return self.lookup(paths.join(parent, name)).name or name
-        except FileNotFoundError:
-            return name
+            return paths.join(parent, self.lookup(path).name)
+        except (FileNotFoundError, NotADirectoryError):
+            return path
 
     def cached(self, path: str) -> Listing | None:
         """Return the folder's listing where it is cached and current, without asking the store."""
         with self._lock:
-            folder = self._folders.get(path)
-            return self._listing_locked(folder) if folder is not None and self._is_current(folder) else None
+            return self._listing_locked(self._folders[path]) if self._is_listed(path) else None
+
+    def knows(self, path: str) -> bool:
+        """Tell whether `lookup` answers without asking the store."""
+        parent, name = paths.split(path)
+        return not path or self._known(parent, name)[0]
 
     def _known(self, parent: str, name: str) -> tuple[bool, Entry | None]:
         """Return whether the cache can answer for the name, and its answer."""
         with self._lock:
             folder = self._folder(parent)
             now = folder.used_at = self._clock.monotonic()
-            if self._is_current(folder):
-                return True, self._find_locked(folder, name)
-            found, asked_at = folder.singles.get(name, (None, float("-inf")))
-            if self._is_young(asked_at, now):
-                return True, found
-            folder.asked += 1
-            return False, None
+            if not self._is_current(folder):
+                entry, asked_at = folder.singles.get(name, (None, float("-inf")))
+                if not self._is_young(asked_at, now) and self._is_listed(paths.join(parent, name)):
+                    return True, Entry(name, is_dir=True)
+                return self._is_young(asked_at, now), entry
+            entry = None if folder.entries is None else folder.entries.get(name)
+            if entry is not None or folder.missing or not self._folds(name):
+                return True, entry
+            listing = self._listing_locked(folder)
+        return True, listing.find(name, self._fold)
 
     def _ask(self, parent: str, name: str) -> Entry | None:
-        with self._lock:
-            listing_pays = self._folder(parent).asked > SINGLES_BEFORE_LISTING
-        if listing_pays or self._folds(name):
+        if self._folds(name) or self._listing_pays(parent):
             try:
-                self.listing(parent)
+                listing = self.listing(parent)
             except FileNotFoundError:
                 return None
-            return self._known(parent, name)[1]
-        path = paths.join(parent, name)
-        return self._once("stat", path, lambda: self._read_single(parent, name))  # type: ignore[no-any-return]
+            return listing.find(name, self._fold) if self._folds(name) else listing.entries.get(name)
+        return self._once("stat", paths.join(parent, name), self._read_single)  # type: ignore[no-any-return]
+
+    def _listing_pays(self, parent: str) -> bool:
+        """Count a question for a single name; tell whether so many came that one listing is cheaper."""
+        with self._lock:
+            folder = self._folder(parent)
+            now = self._clock.monotonic()
+            folder.asked = [at for at in folder.asked if self._is_young(at, now)]
+            if len(folder.asked) < SINGLES_BEFORE_LISTING:
+                folder.asked.append(now)
+                return False
+            return True
 
     def _folds(self, name: str) -> bool:
         """Tell whether another spelling of the name could count as the same."""
@@ -174,54 +231,91 @@ class DirCache:
 
     # --- answers of the store
 
-    def _once(self, kind: str, path: str, request: Callable[[], Any]) -> Any:
-        """Make a request, or wait for the same one that somebody else is making."""
+    def once(self, kind: str, path: str, request: Callable[[], Any]) -> Any:
+        """Make a request about a path, or wait for the same one that somebody else is making."""
+        return self._once(kind, path, lambda _: request())
+
+    def _once(self, kind: str, path: str, request: Callable[[_Flight], Any], *, fresh: bool = False) -> Any:
+        """As `once`; `fresh` waits for no request that left earlier."""
         with self._lock:
-            flight = self._flights.get((kind, path))
+            flight = None if fresh else self._flights.get((kind, path))
             leading = flight is None
             if flight is None:
-                flight = self._flights[kind, path] = Future()
+                flight = self._flights[kind, path] = _Flight(kind, path, next(self._number))
+                self._airborne.add(flight)
         if not leading:
-            return flight.result()
+            return flight.answer.result()
         try:
-            flight.set_result(request())
-        except BaseException as error:
-            flight.set_exception(error)
+            flight.answer.set_result(request(flight))
+        except BaseException as error:  # noqa: BLE001 - raised below, and in all who wait
+            flight.answer.set_exception(error)
         finally:
             with self._lock:
-                del self._flights[kind, path]
-        return flight.result()
+                self._land_locked(flight)
+        return flight.answer.result()
 
-    def _read_folder(self, path: str) -> Listing:
-        started = next(self._moment)
-        now = self._clock.monotonic()
-        entries = {entry.name: entry for entry in self._read(path)}
-        with self._lock:
-            folder = self._folder(path)
-            _apply(folder, entries, since=started)
-            if started < self._forgotten_at:  # `forget` came meanwhile: good for those who waited, not for later
-                return Listing(entries)
-            folder.entries = entries
-            folder.read_at = now
-            folder.singles.clear()
-            folder.asked = 0
-            folder.touch()
-            return self._listing_locked(folder)
+    def _land_locked(self, flight: _Flight) -> None:
+        """Let nobody join the flight any more; in one step with using its answer, or a change could fall between."""
+        self._airborne.discard(flight)
+        if self._flights.get((flight.kind, flight.path)) is flight:
+            del self._flights[flight.kind, flight.path]
 
-    def _read_single(self, parent: str, name: str) -> Entry | None:
-        started = next(self._moment)
+    def _read_folder(self, flight: _Flight) -> Listing:
         now = self._clock.monotonic()
         try:
-            entry: Entry | None = self._stat(paths.join(parent, name))
+            entries = {entry.name: entry for entry in self._read(flight.path)}
+        except FileNotFoundError:
+            return self._missing_folder(flight, now)
+        with self._lock:
+            folder = self._folder(flight.path)
+            old = None if folder.entries is None else self._listing_locked(folder)
+        is_same = old is not None and _take_over(old.entries, entries)
+        with self._lock:
+            self._land_locked(flight)
+            _apply(flight.changes.items(), entries)
+            folder = self._folder(flight.path)
+            if not flight.kept:
+                return Listing(entries)
+            if folder.flight > flight.number:  # somebody asked later and was answered earlier
+                return Listing(entries) if folder.entries is None else self._listing_locked(folder)
+            if not (is_same and folder.listing is old):  # else what was made of the old listing is good for this one
+                folder.entries, folder.listing = entries, None
+            self._answered_locked(folder, flight, now, missing=False)
+            return self._listing_locked(folder)
+
+    def _missing_folder(self, flight: _Flight, now: float) -> Listing:
+        """The store has no such folder: remember that, unless something was made in it meanwhile."""
+        with self._lock:
+            self._land_locked(flight)
+            made = {name: entry for name, entry in flight.changes.items() if entry is not None}
+            if made:
+                return Listing(made)
+            folder = self._folder(flight.path)
+            if flight.kept and folder.flight < flight.number:
+                folder.entries = folder.listing = None
+                self._answered_locked(folder, flight, now, missing=True)
+        raise failure(errno.ENOENT, flight.path)
+
+    def _answered_locked(self, folder: _Folder, flight: _Flight, now: float, *, missing: bool) -> None:
+        folder.missing = missing
+        folder.read_at = now
+        folder.flight = flight.number
+        folder.singles.clear()
+        folder.asked.clear()
+
+    def _read_single(self, flight: _Flight) -> Entry | None:
+        parent, name = paths.split(flight.path)
+        now = self._clock.monotonic()
+        try:
+            entry: Entry | None = self._stat(flight.path)
         except FileNotFoundError:
             entry = None
         with self._lock:
-            folder = self._folder(parent)
-            changed, at = folder.changes.get(name, (None, 0))
-            if at > started:
-                return changed
-            if started >= self._forgotten_at:
-                folder.singles[name] = (entry, now)
+            self._land_locked(flight)
+            if name in flight.changes:
+                return flight.changes[name]
+            if flight.kept:
+                self._keep_single_locked(self._folder(parent), name, entry, now)
         return entry
 
     # --- changes made here
@@ -231,24 +325,47 @@ class DirCache:
         parent, name = paths.split(path)
         with self._lock:
             folder = self._folder(parent)
-            folder.changes[name] = (entry, next(self._moment))
-            folder.singles[name] = (entry, self._clock.monotonic())
+            old = self._entry_locked(folder, name)
+            for flight in self._airborne:
+                if flight.path == (parent if flight.kind == "list" else path):
+                    flight.changes[name] = entry
             if folder.entries is not None:
-                folder.entries = dict(folder.entries) if folder.listing is not None else folder.entries
-                _set(folder.entries, name, entry)
-            folder.touch()
-            if entry is None:
-                self._drop_below_locked(path)
+                if folder.listing is not None:  # somebody holds it
+                    folder.entries, folder.listing = dict(folder.entries), None
+                _apply([(name, entry)], folder.entries)
+            if entry is not None:
+                folder.missing = False
+            if self._is_current(folder):
+                folder.singles.pop(name, None)
+            else:
+                self._keep_single_locked(folder, name, entry, self._clock.monotonic())
+            if old is None or old.is_dir or (entry is not None and entry.is_dir):
+                self._folder_changed_locked(path, entry)
+
+    def _folder_changed_locked(self, path: str, entry: Entry | None) -> None:
+        """The folder came or went: what is known of it, and what is on its way, was asked of another one."""
+        if entry is None:
+            self._forget_locked(path)
+        elif entry.is_dir:
+            self._unkeep_locked(lambda flight: flight.kind == "list" and flight.path == path)
+            if path in self._folders:
+                self._folders[path].missing = False
 
     def forget(self, path: str = "") -> None:
         """Drop all that is cached at and below the folder; the store is asked again when somebody wants it."""
+        parent, name = paths.split(path)
         with self._lock:
-            self._forgotten_at = next(self._moment)
-            for known in [known for known in self._folders if paths.is_within(known, path)]:
-                del self._folders[known]
-            if path:
-                parent, name = paths.split(path)
-                self._folder(parent).singles.pop(name, None)
+            self._forget_locked(path)
+            if parent in self._folders:
+                self._folders[parent].singles.pop(name, None)
+
+    def doubt(self, path: str) -> None:
+        """Drop all that is cached of the path, also by the folder that it is in: a change failed half way."""
+        parent = paths.split(path)[0]
+        with self._lock:
+            self._forget_locked(path)
+            self._folders.pop(parent, None)
+            self._unkeep_locked(lambda flight: flight.kind == "list" and flight.path == parent)
 
     def in_use(self, seconds: float) -> list[str]:
         """Return the listed folders that somebody asked about in the last `seconds`."""
@@ -262,10 +379,8 @@ class DirCache:
 
     def sweep(self) -> None:
         """Release the memory of folders that nobody asked about for longer than an answer is good."""
-        now = self._clock.monotonic()
         with self._lock:
-            for path in [p for p, f in self._folders.items() if not self._is_young(f.used_at, now)]:
-                del self._folders[path]
+            self._sweep_locked()
 
     def counts(self) -> dict[str, int]:
         """Return how much is cached: folders and entries."""
@@ -278,14 +393,29 @@ class DirCache:
     def _folder(self, path: str) -> _Folder:
         folder = self._folders.get(path)
         if folder is None:
+            if len(self._folders) >= self._sweep_at:
+                self._sweep_locked()
+                self._sweep_at = max(FOLDERS_BEFORE_SWEEP, 2 * len(self._folders))
             folder = self._folders[path] = _Folder(used_at=self._clock.monotonic())
         return folder
 
+    def _sweep_locked(self) -> None:
+        now = self._clock.monotonic()
+        listed = float("inf") if self._max_age is None else self._max_age
+        for path, folder in list(self._folders.items()):
+            if now - folder.used_at >= (listed if folder.entries is not None else min(listed, UNLISTED_KEPT)):
+                del self._folders[path]
+
     def _is_young(self, at: float, now: float) -> bool:
-        return self._max_age is None or now - at < self._max_age
+        return at > float("-inf") and (self._max_age is None or now - at < self._max_age)
 
     def _is_current(self, folder: _Folder) -> bool:
-        return folder.entries is not None and self._is_young(folder.read_at, self._clock.monotonic())
+        is_read = folder.missing or folder.entries is not None
+        return is_read and self._is_young(folder.read_at, self._clock.monotonic())
+
+    def _is_listed(self, path: str) -> bool:
+        folder = self._folders.get(path)
+        return folder is not None and folder.entries is not None and self._is_current(folder)
 
     def _listing_locked(self, folder: _Folder) -> Listing:
         assert folder.entries is not None
@@ -293,33 +423,45 @@ class DirCache:
             folder.listing = Listing(folder.entries)
         return folder.listing
 
-    def _find_locked(self, folder: _Folder, name: str) -> Entry | None:
-        assert folder.entries is not None
-        entry = folder.entries.get(name)
-        if entry is not None or not self._folds(name):
-            return entry
-        if folder.folded is None:
-            folder.folded = {self._fold(known): known for known in folder.entries}
-        real = folder.folded.get(self._fold(name))
-        return None if real is None else folder.entries[real]
+    def _entry_locked(self, folder: _Folder, name: str) -> Entry | None:
+        if folder.entries is not None and name in folder.entries:
+            return folder.entries[name]
+        return folder.singles.get(name, (None, 0.0))[0]
+
+    def _keep_single_locked(self, folder: _Folder, name: str, entry: Entry | None, now: float) -> None:
+        folder.singles.pop(name, None)
+        folder.singles[name] = (entry, now)
+        if len(folder.singles) > SINGLES_KEPT:
+            del folder.singles[next(iter(folder.singles))]  # the oldest
 
     def _fold(self, name: str) -> str:
         return paths.folded(name, case=self._fold_case, unicode=self._fold_unicode)
 
-    def _drop_below_locked(self, path: str) -> None:
+    def _forget_locked(self, path: str) -> None:
         for known in [known for known in self._folders if paths.is_within(known, path)]:
             del self._folders[known]
+        self._unkeep_locked(lambda flight: paths.is_within(flight.path, path))
+
+    def _unkeep_locked(self, matches: Callable[[_Flight], bool]) -> None:
+        """Let the answers that are on their way serve those who wait for them, and nobody else."""
+        for flight in [flight for flight in self._airborne if matches(flight)]:
+            flight.kept = False
+            if self._flights.get((flight.kind, flight.path)) is flight:
+                del self._flights[flight.kind, flight.path]
 
 
-def _apply(folder: _Folder, entries: dict[str, Entry], *, since: int) -> None:
-    """Lay the changes made after `since` over an answer; it knows the older ones itself."""
-    folder.changes = {name: change for name, change in folder.changes.items() if change[1] > since}
-    for name, (entry, _) in folder.changes.items():
-        _set(entries, name, entry)
+def _apply(changes: Iterable[tuple[str, Entry | None]], entries: dict[str, Entry]) -> None:
+    for name, entry in changes:
+        if entry is None:
+            entries.pop(name, None)
+        else:
+            entries[name] = entry
 
 
-def _set(entries: dict[str, Entry], name: str, entry: Entry | None) -> None:
-    if entry is None:
-        entries.pop(name, None)
-    else:
-        entries[name] = entry
+def _take_over(old: dict[str, Entry], new: dict[str, Entry]) -> bool:
+    """Copy the modification times that cost a request from the same versions in `old`; tell whether all is the same."""
+    for name, entry in new.items():
+        known = old.get(name)
+        if known is not None and entry.mtime is None and entry.version is not None and entry.version == known.version:
+            entry.mtime = known.mtime
+    return old == new

@@ -1,8 +1,8 @@
 """Open files: one class for each kind. Binary file objects that belong to one thread at a time.
 
-A file that is written is published whole by `commit`, or not at all. `close` commits too where the handle was opened so
-(a Python program's `with open(...)`), and gives the new bytes up where an FTP data channel decides (`autocommit=False`).
-Nothing is ever published because a handle was forgotten: the garbage collector gives it up.
+A file that is written is published whole by `commit`, or not at all. `close` commits too where the handle was opened
+so (a Python program's `with open(...)`), and gives the new bytes up where an FTP data channel decides
+(`autocommit=False`). Nothing is ever published because a handle was forgotten: the garbage collector gives it up.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import errno
 import io
 import os
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ftpvfs.backend.backend import Entry, OpenFile, Upload
+from ftpvfs.backend.backend import Entry, OpenFile, Pieces, Upload
 from ftpvfs.errors import ECHANGED, failure
 from ftpvfs.vfs.readahead import ReadAhead
 
@@ -28,20 +29,80 @@ BLOCK = 2**20
 
 
 class Handle(io.RawIOBase):
-    """What all open files have in common."""
+    """What all open files have in common.
+
+    As with Python's own `open`, `read(n)` and `readinto` come back short at the end of the file alone. Reading line
+    by line goes fastest through an `io.BufferedReader` or `io.TextIOWrapper` around the handle.
+    """
+
+    # What gzip and others look at.
+    mode = "rb"
 
     def __init__(self, path: str, name: str) -> None:
         super().__init__()
         self.path = path
         # What pyftpdlib logs and hands to its callbacks.
         self.name = name
+        self._pid = os.getpid()
+
+    def take(self, limit: int) -> memoryview:
+        """Return up to `limit` bytes without copying them, none at the end of the file."""
+        raise self._unsupported("The file is open for writing alone")
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            return self.readall()
+        self._check_open()
+        return self._join(size)
+
+    def readall(self) -> bytes:
+        self._check_open()
+        return self._join(None)
+
+    def _join(self, size: int | None) -> bytes:
+        pieces = []
+        while (size is None or size > 0) and (view := self.take(BLOCK if size is None else size)):
+            pieces.append(view)
+            size = None if size is None else size - len(view)
+        return b"".join(pieces)
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        self._check_open()
+        target = memoryview(buffer).cast("B")
+        filled = 0
+        while filled < len(target) and (view := self.take(len(target) - filled)):
+            target[filled : filled + len(view)] = view
+            filled += len(view)
+        return filled
+
+    def write(self, data: ReadableBuffer) -> int:
+        raise self._unsupported("The file is open for reading alone")
 
     def abandon(self) -> None:
         """Close without publishing anything."""
         super().close()
 
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+
+    def _unsupported(self, reason: str) -> io.UnsupportedOperation:
+        """Return the error that Python's files raise, which is an OSError; ours has an errno."""
+        return io.UnsupportedOperation(errno.EBADF, reason, self.path)
+
+    def _sought(self, offset: int, whence: int, position: int, size: int) -> int:
+        """Return the position that `seek` asks for."""
+        self._check_open()
+        if whence not in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END):
+            raise failure(errno.EINVAL, self.path, f"whence is {whence}, not 0, 1 or 2")
+        target = {os.SEEK_SET: 0, os.SEEK_CUR: position, os.SEEK_END: size}[whence] + offset
+        if target < 0:
+            raise failure(errno.EINVAL, self.path, "A position before the file's start")
+        return target
+
     def __del__(self) -> None:
-        self.abandon()
+        if self._pid == os.getpid():  # after a fork the file goes on in the process that opened it
+            self.abandon()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.path!r}{' closed' if self.closed else ''}>"
@@ -50,8 +111,8 @@ class Handle(io.RawIOBase):
 class ReadHandle(Handle):
     """A file streamed from the store, one version from the first byte to the last.
 
-    `open_at(entry, offset)` starts reading a version; `refresh()` asks the store for the version it has now, which is used
-    while nothing has been handed out yet.
+    `open_at(entry, offset)` starts reading a version; `refresh()` asks the store for the version it has now, which is
+    used while nothing has been handed out yet.
     """
 
     def __init__(
@@ -85,38 +146,41 @@ class ReadHandle(Handle):
         return self._seekable
 
     def tell(self) -> int:
+        self._check_open()
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        if base + offset < 0:
-            raise failure(errno.EINVAL, self.path, "A position before the file's start")
-        if base + offset != self._position:
+        position = self._sought(offset, whence, self._position, self.size)
+        if position != self._position:
             if not self._seekable:
                 raise failure(errno.ESPIPE, self.path, "Seeking is switched off (--no-seek)")
             self._drop_stream()
-            self._position = base + offset
+            self._position = position
         return self._position
 
-    def pending(self) -> Future[bytes] | None:
+    def pending(self) -> Future[Pieces] | None:
         """Return the future to await before `take` gives bytes without blocking; None when it does so now."""
         return self._ready_stream().pending() if self._position < self.size else None
 
     def take(self, limit: int) -> memoryview:
         """Return up to `limit` bytes without copying them, none at the end of the file.
 
-        Raises ECHANGED when the file is another version by now and part of this one has been handed out.
+        Raises ECHANGED when the file is another version by now and part of this one has been handed out. After any
+        error the next call asks the store again, from where the bytes ended.
         """
-        if self.closed:
-            raise ValueError("I/O operation on closed file")
-        while self._position < self.size:
+        self._check_open()
+        while limit > 0 and self._position < self.size:
             try:
                 view = self._ready_stream().take(limit)
             except OSError as error:
+                self._drop_stream()
                 if self._pinned or error.errno not in {ECHANGED, errno.ENOENT, errno.EINVAL}:
                     raise
                 self._repin()
                 continue
+            except CancelledError as error:
+                self._drop_stream()
+                raise failure(errno.ECANCELED, self.path, "The VFS was closed") from error
             self._pinned = True
             self._position += len(view)
             return view
@@ -124,7 +188,6 @@ class ReadHandle(Handle):
 
     def _repin(self) -> None:
         """Take the store's present version: the listing was old, and nobody has seen a byte of it. Once only."""
-        self._drop_stream()
         self.entry = self._refresh()
         self._pinned = True
 
@@ -137,23 +200,6 @@ class ReadHandle(Handle):
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        target = memoryview(buffer).cast("B")
-        view = self.take(len(target))
-        target[: len(view)] = view
-        return len(view)
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size >= 0:
-            return bytes(self.take(size))
-        return self.readall()
-
-    def readall(self) -> bytes:
-        pieces = []
-        while view := self.take(BLOCK):
-            pieces.append(bytes(view))
-        return b"".join(pieces)
 
     def close(self) -> None:
         if not self.closed:
@@ -195,15 +241,14 @@ class FileHandle(Handle):
         return self._seekable
 
     def tell(self) -> int:
+        self._check_open()
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        if base + offset < 0:
-            raise failure(errno.EINVAL, self.path, "A position before the file's start")
-        if base + offset != self._position and not self._seekable:
+        position = self._sought(offset, whence, self._position, self.size)
+        if position != self._position and not self._seekable:
             raise failure(errno.ESPIPE, self.path, "Seeking is switched off (--no-seek)")
-        self._position = base + offset
+        self._position = position
         return self._position
 
     def take(self, limit: int) -> memoryview:
@@ -221,15 +266,6 @@ class FileHandle(Handle):
     def pending(self) -> None:
         """Local bytes are always ready."""
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        target = memoryview(buffer).cast("B")
-        view = self.take(len(target))
-        target[: len(view)] = view
-        return len(view)
-
-    def read(self, size: int | None = -1) -> bytes:
-        return bytes(self.take(self.size if size is None or size < 0 else size))
-
     def close(self) -> None:
         if not self.closed:
             self._opened.close()
@@ -241,6 +277,8 @@ class FileHandle(Handle):
 
 class WriteHandle(Handle):
     """A file streamed to the store. The store hears of it with the first full part, or at `commit`."""
+
+    mode = "wb"
 
     def __init__(
         self,
@@ -269,17 +307,18 @@ class WriteHandle(Handle):
         return True
 
     def tell(self) -> int:
+        self._check_open()
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_SET and offset == self._position or whence != os.SEEK_SET and offset == 0:
-            return self._position
-        raise failure(errno.ESPIPE, self.path, "Seeking in a file that is written needs --vfs-cache-mode writes or full")
+        # Also to where it is: zipfile and others try that to see whether they may go back later.
+        self._check_open()
+        reason = "Seeking in a file that is written needs --vfs-cache-mode writes or full"
+        raise failure(errno.ESPIPE, self.path, reason)
 
     def write(self, data: ReadableBuffer) -> int:
         """Take all of `data`; blocks while the store is slower. After an error nothing can be published any more."""
-        if self.closed:
-            raise ValueError("I/O operation on closed file")
+        self._check_open()
         self._raise_failure()
         view = memoryview(data).cast("B")
         try:
@@ -296,14 +335,13 @@ class WriteHandle(Handle):
         return self._upload
 
     def commit(self) -> None:
-        """Publish what was written; when it returns the store has the file, whole and verified, and the handle is closed.
+        """Publish what was written; on return the store has the file, whole and verified, and the handle is closed.
 
         Raises what the store said; the file that was there before then still is.
         """
         if self.committed:
             return
-        if self.closed:
-            raise ValueError("I/O operation on closed file")
+        self._check_open()
         try:
             self._raise_failure()
             self._publish(self._started())
@@ -315,7 +353,8 @@ class WriteHandle(Handle):
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            raise failure(errno.EIO, self.path, f"An earlier write failed: {self._failure}") from self._failure
+            code = getattr(self._failure, "errno", None) or errno.EIO
+            raise failure(code, self.path, f"An earlier write failed: {self._failure}") from self._failure
 
     def _give_up(self) -> None:
         upload, self._upload = self._upload, None
@@ -323,9 +362,10 @@ class WriteHandle(Handle):
             upload.abort()
 
     def close(self) -> None:
+        """Publish the file where it was opened so, raising what failed, also earlier; else give it up."""
         if self.closed:
             return
-        if self._autocommit and self._failure is None:
+        if self._autocommit:
             self.commit()
         else:
             self.abandon()

@@ -1,6 +1,18 @@
 """Which kind of handle an open gives: cache mode x flags -> kind or errno. Pure; the only place that compares modes.
 
-The rules are rclone's (`vfs/file.go`, `vfs/open_test.go`, and the documentation's section on each mode).
+The rules are rclone's (`vfs/file.go`, `vfs/open_test.go`, and the documentation's section on each mode). Where ours
+differ:
+
+- A refusal comes when the file is opened; rclone's streamed writers refuse with the first write or at close (EPERM),
+  which FTP would learn after the bytes have been sent.
+- O_EXCL refuses a file that exists in every mode; rclone's streamed writers ignore it.
+- O_RDONLY with O_CREAT reads a file that exists as any other reader does; rclone opens it for writing in mode off
+  (where reading then fails) and through the cache in the others. A missing file is made from mode minimal on, as in
+  rclone; in mode off it is ENOENT, since no handle could both read it and leave it behind.
+- Mode minimal streams what is written to a new or truncated file with O_APPEND, too (rclone: through the cache), and
+  takes a write to an existing file without O_TRUNC through the cache, whole (rclone: EPERM): APPE and STOR after REST
+  need it.
+- rclone reads and writes a file that is in its cache through the cache, whatever the mode; who opens decides that here.
 """
 
 from __future__ import annotations
@@ -64,6 +76,8 @@ def writes(flags: int) -> bool:
 def handle_kind(mode: CacheMode, flags: int, path: str, *, exists: bool) -> HandleKind:
     """Return the kind of handle for a file that exists or not; raise what the system would, or the mode's refusal."""
     access = flags & os.O_ACCMODE
+    if access not in {os.O_RDONLY, os.O_WRONLY, os.O_RDWR}:
+        raise failure(errno.EPERM, path, "Neither for reading nor for writing")
     if access == os.O_RDONLY and flags & os.O_TRUNC:
         raise failure(errno.EINVAL, path, "Truncating needs write access")
     if not exists and not flags & os.O_CREAT:
@@ -71,8 +85,7 @@ def handle_kind(mode: CacheMode, flags: int, path: str, *, exists: bool) -> Hand
     if exists and flags & os.O_CREAT and flags & os.O_EXCL:
         raise failure(errno.EEXIST, path)
     if access == os.O_RDONLY:
-        if not exists and mode < CacheMode.WRITES:
-            # rclone hands out an empty reader here; without a cache there is no place for a file nobody writes.
+        if not exists and mode < CacheMode.MINIMAL:
             raise failure(errno.ENOENT, path)
         return HandleKind.CACHED if mode >= CacheMode.FULL or not exists else HandleKind.READ
     empty = not exists or bool(flags & os.O_TRUNC)

@@ -1,16 +1,18 @@
 """A sequential read in growing, parallel ranges: the bytes are asked for before they are wanted.
 
-The first range is small, so that a small file costs one request and a client that leaves at once wastes little; each one
-after it is twice as long, and more run in parallel, while the reader keeps asking.
+The first range is small, so that a small file costs one request and a client that leaves at once wastes little; each
+one after it is twice as long, and more run in parallel, while the reader keeps asking.
 """
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from ftpvfs.backend.backend import Pieces
 from ftpvfs.memory import MemoryBudget
 
 MIB = 2**20
@@ -29,15 +31,17 @@ class ChunkPolicy:
     streams: int = 0
 
     @classmethod
-    def from_options(cls, *, buffer_size: int | None, chunk: int | None, limit: int | None, streams: int) -> ChunkPolicy:
+    def from_options(
+        cls, *, buffer_size: int | None, chunk: int | None, limit: int | None, streams: int
+    ) -> ChunkPolicy:
         """Return the policy for rclone's four flags.
 
-        A range is read whole into memory, so `--buffer-size` bounds it as well as the chunk size does. With the automatic
-        number of streams four halves of the buffer are under way (measured: 8 MiB ranges, 4 at once, are as fast as 16).
+        A range is read whole into memory, so `--buffer-size` bounds it as well as the chunk size does. Measured with
+        four at once: ranges of 16 MiB cost a third less CPU than ranges of 8, since each request has its price.
         """
         buffer = max(buffer_size or 0, LEAST_CHUNK)
         ceiling = max(chunk or buffer, limit or buffer)
-        largest = max(LEAST_CHUNK, min(ceiling, buffer if streams else buffer // 2))
+        largest = max(LEAST_CHUNK, min(ceiling, buffer))
         return cls(first=min(FIRST_CHUNK, largest), largest=largest, streams=streams)
 
 
@@ -46,7 +50,7 @@ class ReadAhead:
 
     def __init__(
         self,
-        fetch: Callable[[int, int], Future[bytes]],
+        fetch: Callable[[int, int], Future[Pieces]],
         start: int,
         stop: int,
         policy: ChunkPolicy,
@@ -59,13 +63,14 @@ class ReadAhead:
         self._memory = memory
         self._size = policy.first
         self._streams = policy.streams or 1
-        self._chunks: deque[tuple[int, Future[bytes]]] = deque()
+        self._chunks: deque[tuple[int, Future[Pieces]]] = deque()
+        self._pieces: deque[bytes] = deque()
         self._view = memoryview(b"")
         self._held = 0
 
-    def pending(self) -> Future[bytes] | None:
+    def pending(self) -> Future[Pieces] | None:
         """Return the future to await before `take` gives bytes; None when it gives some, or the end, at once."""
-        if self._view:
+        if self._view or self._pieces:
             return None
         self._ask()
         if self._chunks and not self._chunks[0][1].done():
@@ -73,11 +78,17 @@ class ReadAhead:
         return None
 
     def take(self, limit: int) -> memoryview:
-        """Return up to `limit` bytes, at least one except at the end; waits for the store. Raises what the store did."""
+        """Return up to `limit` bytes, at least one except at the end; waits for the store, raises what it did."""
         if not self._view:
-            self._next_chunk()
+            self._next_piece()
         taken, self._view = self._view[:limit], self._view[limit:]
         return taken
+
+    def _next_piece(self) -> None:
+        if not self._pieces:
+            self._next_chunk()
+        if self._pieces:
+            self._view = memoryview(self._pieces.popleft())
 
     def _next_chunk(self) -> None:
         self._release()
@@ -85,9 +96,12 @@ class ReadAhead:
         if not self._chunks:
             return
         size, future = self._chunks[0]
-        data = future.result()
+        pieces = future.result()
+        given = sum(map(len, pieces))
+        if given != size:  # every later byte would stand at the wrong place
+            raise OSError(errno.EIO, f"The store gave {given} of {size} bytes")
         self._chunks.popleft()
-        self._view = memoryview(data)
+        self._pieces.extend(piece for piece in pieces if piece)
         self._held = size
         if not self._policy.streams:
             self._streams = min(self._streams + 1, AUTO_STREAMS)
@@ -116,6 +130,7 @@ class ReadAhead:
 
     def close(self) -> None:
         """Cancel what is under way and give its memory back."""
+        self._pieces.clear()
         self._view = memoryview(b"")
         self._release()
         while self._chunks:

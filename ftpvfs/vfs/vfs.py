@@ -1,7 +1,7 @@
 """VFS: one store as a filesystem. All that the FTP side, the remote control and embedding programs see.
 
-A VFS may be made before a fork and used after it: whatever cannot cross one (the store's connections, the index, caches,
-threads) is made when it is first needed in each process.
+A VFS may be made before a fork and used after it: whatever cannot cross one (the store's connections, the index,
+caches, threads) is made when it is first needed in each process.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import stat
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ftpvfs.vfs.dircache import DirCache, Listing
 from ftpvfs.vfs.handle import FileHandle, Handle, ReadHandle, WriteHandle
 from ftpvfs.vfs.openmode import CacheMode, HandleKind, flags_of, handle_kind, writes
 from ftpvfs.vfs.readahead import ChunkPolicy, ReadAhead
+from ftpvfs.vfs.times import Times
 from ftpvfs.vfs.tree import move_tree
 
 logger = logging.getLogger(__name__)
@@ -36,14 +38,15 @@ logger = logging.getLogger(__name__)
 # What statvfs shows where neither the store nor the user says: rclone's 1 PiB.
 UNKNOWN_SPACE = 2**50
 BLOCK = 4096
+END_OF_TIME = 253402300800.0  # the year 10000
 
 
 class VFS:
     """A filesystem over one store. Any thread, any process; every failure is an OSError with an errno and the path.
 
-    `url` is any fsspec URL or a local folder, `storage_options` are fsspec's for it. The keywords are the flags without
-    `vfs-` and with `_` for `-` (`dir_cache_time="5m"`); numbers count seconds or bytes. `options` takes them ready made.
-    The store is not contacted before the first use; `start` does so and says what is wrong.
+    `url` is any fsspec URL or a local folder, `storage_options` are fsspec's for it. The keywords are the flags
+    without `vfs-` and with `_` for `-` (`dir_cache_time="5m"`); numbers count seconds or bytes. `options` takes them
+    ready made. The store is not contacted before the first use; `start` does so and says what is wrong.
     """
 
     def __init__(
@@ -64,9 +67,9 @@ class VFS:
         self._clock = clock
         self._mode = CacheMode[self.options.cache_mode.upper()]
         self._started = clock.time()
-        self._lock = threading.Lock()
-        self._core: _Core | None = None
-        self._pid = os.getpid()
+        # By process id. What a child finds here of its parent's is never used nor let go of: connections, threads and
+        # locks mean nothing after a fork, and closing them could hurt the parent.
+        self._processes: dict[int, _Process] = {}
         self._uid = os.getuid() if self.options.uid is None else self.options.uid
         self._gid = os.getgid() if self.options.gid is None else self.options.gid
         self._dir_mode = stat.S_IFDIR | (self.options.dir_perms & ~self.options.umask)
@@ -80,29 +83,36 @@ class VFS:
     @property
     def core(self) -> _Core:
         """What this process has open for the store; made now where it is not there yet."""
-        if self._pid != os.getpid():  # the parent's connections, threads and locks mean nothing here
-            self._lock = threading.Lock()
-            self._core = None
-            self._pid = os.getpid()
-        core = self._core
+        process = self._process()
+        core = process.core
         if core is None:
-            with self._lock:
-                core = self._core = self._core or _Core(self._url, self._storage_options, self.options, self._clock)
+            with process.lock:
+                core = process.core
+                if core is None:
+                    core = process.core = _Core(self._url, self._storage_options, self.options, self._clock)
         return core
+
+    def _process(self) -> _Process:
+        pid = os.getpid()
+        return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
 
     def start(self) -> None:
         """Contact the store; raise what is wrong with the bucket, the credentials, the folder or the protocol.
 
         ValueError for a protocol nobody knows, ImportError for one whose package is missing, else OSError.
         """
-        self.core.backend.check()
+        core = self.core
+        core.backend.check()
+        if core.keeps_folders or core.times.asks or core.times.keeps:
+            _ = core.index  # a cache folder that cannot be used is told now and not to the first client
         if self.options.refresh:
-            self.core.background("ftpvfs-refresh", lambda: self.refresh(recursive=True))
+            core.background("ftpvfs-refresh", lambda: self.refresh(recursive=True))
 
     def close(self) -> None:
         """Release connections, threads and files. The VFS opens them again when it is used again."""
-        with self._lock:
-            core, self._core = self._core, None
+        process = self._process()
+        with process.lock:
+            core, process.core = process.core, None
         if core is not None:
             core.close()
 
@@ -116,19 +126,38 @@ class VFS:
 
     def lookup(self, path: str) -> Entry:
         """Return what is at the path. Raises ENOENT, and ENOTDIR below a file."""
-        path = paths.clean(path)
-        return self.core.dirs.lookup(path)
+        return self._lookup(self._real(path))
+
+    def _lookup(self, path: str) -> Entry:
+        try:
+            return self.core.dirs.lookup(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self._missing(path) from error
+
+    def _missing(self, path: str, *, listed: bool = False) -> OSError:
+        """Return why nothing was found: ENOTDIR where a file stands in the way, which few stores tell by themselves.
+
+        `listed`: the path itself was to be listed, so that a file there is in the way, too.
+        """
+        for above in [path, *paths.ancestors(path)] if listed else paths.ancestors(path):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                return failure(errno.ENOENT if self.core.dirs.lookup(above).is_dir else errno.ENOTDIR, path)
+        return failure(errno.ENOENT, path)
 
     def stat(self, path: str) -> os.stat_result:
         """Return the status of a file or folder, its true modification time included."""
         path = self._real(path)
-        return self.stat_entry(path, self._with_mtime(path, self.core.dirs.lookup(path)))
+        entry = self._lookup(path)
+        self.core.times.fill(paths.split(path)[0], entry)
+        return self.stat_entry(path, entry)
 
     lstat = stat
 
     def stat_entry(self, path: str, entry: Entry) -> os.stat_result:
         """Return an entry of `path` as a stat_result."""
         mtime = self._started if entry.mtime is None else entry.mtime
+        if not 0 <= abs(mtime) < END_OF_TIME:  # metadata is anybody's to write; a NaN is no number at all
+            mtime = self._started
         whole = int(mtime // 1)
         return os.stat_result(
             (
@@ -177,34 +206,38 @@ class VFS:
         return list(self.listing(path).names)
 
     def scandir(self, path: str = "") -> Iterator[DirEntry]:
-        """Yield the folder's entries with their status; no request for each."""
+        """Return the folder's entries with their status; no request for each. Raises ENOENT and ENOTDIR."""
         path = self._real(path)
-        for entry in self.timed_listing(path):
-            yield DirEntry(self, path, entry)
+        return (DirEntry(self, path, entry) for entry in self.timed_listing(path))
 
     def listing(self, path: str = "") -> Listing:
         """Return the folder's listing, shared and immutable. Raises ENOENT and ENOTDIR."""
         path = self._real(path)
-        dirs = self.core.dirs
-        known = dirs.cached(path)
-        if known is not None:
-            return dirs.listing(path)
-        if path and not dirs.lookup(path).is_dir:
+        return self._listing(path)
+
+    def _listing(self, path: str, *, fresh: bool = False) -> Listing:
+        core = self.core
+        # Where folders are mere prefixes of keys a listing tells by itself whether there is one.
+        looks_first = core.backend.capability.real_directories or core.dirs.knows(path)
+        if looks_first and not fresh and not self._lookup(path).is_dir:
             raise failure(errno.ENOTDIR, path)
-        return dirs.listing(path)
+        try:
+            return core.dirs.listing(path, fresh=fresh)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self._missing(path, listed=True) from error
 
     def timed_listing(self, path: str = "") -> Listing:
         """Return the folder's listing with every true modification time filled in."""
-        listing = self.listing(path)
-        if not listing.timed:
-            self.core.fill_mtimes(self._real(path), listing)
-            listing.timed = True
-        return listing
+        path = self._real(path)
+        listing = self._listing(path)
 
-    def _with_mtime(self, path: str, entry: Entry) -> Entry:
-        if not entry.is_dir:
-            self.core.fill_mtimes(paths.split(path)[0], Listing({entry.name: entry}))
-        return entry
+        def fill() -> None:
+            self.core.times.fill_listing(path, listing)
+            listing.timed = True
+
+        while not listing.timed:  # after waiting for somebody who fills an older listing, little is left to do
+            self.core.dirs.once("times", path, fill)
+        return listing
 
     def statvfs(self, path: str = "") -> os.statvfs_result:
         """Return the space at the store, as far as it or the user says."""
@@ -221,9 +254,10 @@ class VFS:
     ) -> Handle:
         """Open a file; return a binary file object for one thread.
 
-        `mode` is a Python mode string or `os.O_*` flags. A file that is written appears whole when the handle is closed,
-        and not at all when a `with` block fails or the handle is forgotten; with `autocommit=False` only `commit()`
-        publishes. `name` is the handle's `name`, for who logs it. The store is not asked to write before the first byte.
+        `mode` is a Python mode string or `os.O_*` flags. A file that is written appears whole when the handle is
+        closed, and not at all when a `with` block fails or the handle is forgotten; with `autocommit=False` only
+        `commit()` publishes. `name` is the handle's `name`, for who logs it. The store is not asked to write before
+        the first byte.
         """
         path = self._real(path)
         flags = flags_of(mode)
@@ -240,7 +274,7 @@ class VFS:
 
     def _existing(self, path: str) -> Entry | None:
         try:
-            return self.core.dirs.lookup(path)
+            return self._lookup(path)
         except FileNotFoundError:
             return None
 
@@ -261,8 +295,14 @@ class VFS:
             )
 
         def refresh() -> Entry:
-            version = core.backend.stat(path)
+            try:
+                version = core.backend.stat(path)
+            except FileNotFoundError:
+                core.dirs.changed(path, None)
+                raise
             core.dirs.changed(path, version)
+            if version.is_dir:
+                raise failure(errno.EISDIR, path)
             return version
 
         # An empty file needs no request to be read, so nothing would notice that it is not empty any more.
@@ -293,19 +333,20 @@ class VFS:
             raise failure(errno.EEXIST, path)
         self._check_parent(path)
         core = self.core
-        if core.marks_folders:
-            core.backend.mkdir(path)
-        else:
-            core.index.add_folder(path)
-        core.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True, mtime=self._clock.time()))
+        with core.writer(path):  # who is told that it exists already must see it, too
+            core.make_folder(path)
+            core.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True, mtime=self._clock.time()))
 
     def makedirs(self, path: str) -> None:
-        """Make a folder and those above it that are missing."""
+        """Make a folder and those above it that are missing. Raises EEXIST for a file, ENOTDIR below one."""
         path = self._real(path)
-        for folder in [*reversed(paths.ancestors(path)), path]:
-            if folder and not self.exists(folder):
-                with contextlib.suppress(FileExistsError):
-                    self.mkdir(folder)
+        entry = self._existing(path)
+        if entry is not None and not entry.is_dir:
+            raise failure(errno.EEXIST, path)
+        if entry is None:
+            self.makedirs(paths.split(path)[0])
+            with contextlib.suppress(FileExistsError):  # by somebody else, meanwhile
+                self.mkdir(path)
 
     def rmdir(self, path: str) -> None:
         """Remove an empty folder. Raises ENOTEMPTY, ENOTDIR, ENOENT; EBUSY for the root."""
@@ -314,9 +355,9 @@ class VFS:
         if not path:
             raise failure(errno.EBUSY, path, "The root cannot be removed")
         core = self.core
-        if not core.dirs.lookup(path).is_dir:
+        if not self._lookup(path).is_dir:
             raise failure(errno.ENOTDIR, path)
-        if core.dirs.listing(path, fresh=True):
+        if self._listing(path, fresh=True):
             raise failure(errno.ENOTEMPTY, path)
         core.backend.rmdir(path)
         if core.keeps_folders:
@@ -329,11 +370,12 @@ class VFS:
         path = self._real(path)
         self._check_writable(path)
         core = self.core
-        if core.dirs.lookup(path).is_dir:
+        if self._lookup(path).is_dir:
             raise failure(errno.EISDIR, path)
         with core.writer(path):
             core.backend.remove(path)
             core.dirs.changed(path, None)
+        core.times.removed(path)
         core.keep_folder(paths.split(path)[0])
 
     def rename(self, source: str, target: str) -> None:
@@ -341,14 +383,17 @@ class VFS:
 
         On a store that cannot rename, objects are copied, the copies looked at, and only then the old ones deleted.
         """
+        name = paths.split(paths.clean(target))[1]
         source, target = self._real(source), self._real(target)
+        if source == target:  # but for the spelling
+            target = paths.join(paths.split(target)[0], name)
         self._check_writable(source)
-        entry = self.core.dirs.lookup(source)
+        entry = self._lookup(source)
         self._check_rename(source, target, entry)
         if source == target:
             return
         if entry.is_dir:
-            self._rename_folder(source, target)
+            self._rename_folder(source, target, replaces=self._existing(target) is not None)
         else:
             self._rename_file(source, target, entry)
         self.core.keep_folder(paths.split(source)[0])
@@ -360,18 +405,20 @@ class VFS:
             raise failure(errno.EINVAL, source, "A folder cannot be moved into itself")
         self._check_parent(target)
         there = self._existing(target)
-        if there is None or source == target:
+        if there is None or there.name != paths.split(target)[1] or source == target:
             return
         if there.is_dir and not entry.is_dir:
             raise failure(errno.EISDIR, target)
         if entry.is_dir and not there.is_dir:
             raise failure(errno.ENOTDIR, target)
-        if there.is_dir and self.core.dirs.listing(target, fresh=True):
+        if there.is_dir and self._listing(target, fresh=True):
             raise failure(errno.ENOTEMPTY, target)
 
     def _rename_file(self, source: str, target: str, entry: Entry) -> None:
         core = self.core
         name = paths.split(target)[1]
+        if core.times.keeps:
+            core.times.fill(paths.split(source)[0], entry)
         with core.writer(*sorted((source, target))):
             if core.backend.capability.renames_files:
                 core.backend.rename(source, target)
@@ -381,56 +428,47 @@ class VFS:
                 try:
                     core.backend.remove(source)
                 except OSError as error:
-                    core.dirs.changed(target, renamed)
                     reason = f"It is at {target!r} now, but the old name could not be removed: {error.strerror}"
                     raise failure(error.errno or errno.EIO, source, reason) from error
             core.dirs.changed(source, None)
-            renamed = Entry(name, False, renamed.size, renamed.mtime, renamed.fingerprint)
-            if not core.backend.capability.sets_mtime and entry.mtime is not None:
-                renamed = core.set_mtime(target, renamed, entry.mtime)
+            renamed = replace(renamed, name=name)
+            if core.times.keeps and entry.mtime is not None:
+                core.times.removed(source)
+                renamed = core.times.set(target, renamed, entry.mtime)
             core.dirs.changed(target, renamed)
 
-    def _rename_folder(self, source: str, target: str) -> None:
+    def _rename_folder(self, source: str, target: str, *, replaces: bool) -> None:
         core = self.core
-        if core.backend.capability.renames_directories:
-            core.backend.rename(source, target)
-        else:
-            self._move_tree(source, target)
-        core.dirs.changed(source, None)
+        try:
+            if core.backend.capability.renames_directories:
+                core.backend.rename(source, target)
+                core.times.folder_renamed(source, target)
+            else:
+                self._move_tree(source, target)
+        except OSError:
+            for path in (source, target):
+                core.dirs.doubt(path)
+            if replaces and not core.is_there(target):  # its marker went with the copies that were taken back
+                core.make_folder(target)
+            raise
         core.dirs.forget(target)
         core.dirs.changed(target, Entry(paths.split(target)[1], is_dir=True, mtime=self._clock.time()))
+        core.dirs.forget(source)
+        if core.backend.capability.renames_directories or not core.is_there(source):
+            core.dirs.changed(source, None)
 
     def _move_tree(self, source: str, target: str) -> None:
         core = self.core
-        try:
-            if core.backend.capability.real_directories:
-                self._copy_folders(source, target)
-            move_tree(
-                core.backend, source, target, limit=self.options.max_rename_objects, workers=self.options.checkers
-            )
-        except OSError:
-            for path in (source, target):
-                core.dirs.forget(path)
-            raise
-        if core.backend.capability.real_directories:
-            self._remove_folders(source)
-            return
-        core.backend.rmdir(source)  # some stores (SeaweedFS) go on listing a prefix that has lost its last object
+        move_tree(
+            core.backend,
+            source,
+            target,
+            limit=self.options.max_rename_objects,
+            workers=self.options.checkers,
+            copied=core.times.moved,
+        )
         if core.keeps_folders:
             core.index.move_folder(source, target)
-
-    def _copy_folders(self, source: str, target: str) -> None:
-        if not self.exists(target):
-            self.core.backend.mkdir(target)
-        for entry in self.core.backend.list(source):
-            if entry.is_dir:
-                self._copy_folders(paths.join(source, entry.name), paths.join(target, entry.name))
-
-    def _remove_folders(self, path: str) -> None:
-        for entry in self.core.backend.list(path):
-            if entry.is_dir:
-                self._remove_folders(paths.join(path, entry.name))
-        self.core.backend.rmdir(path)
 
     def utime(self, path: str, times: tuple[float, float] | None = None) -> None:
         """Set the modification time (`times` is (access, modification), None is now). It is there when this returns."""
@@ -441,17 +479,19 @@ class VFS:
         core = self.core
         mtime = self._clock.time() if times is None else float(times[1])
         with core.writer(path):
-            entry = core.dirs.lookup(path)
+            entry = self._lookup(path)
             if not entry.is_dir:
-                core.dirs.changed(path, core.set_mtime(path, entry, mtime))
+                core.dirs.changed(path, core.times.set(path, entry, mtime))
 
     def truncate(self, path: str, size: int) -> None:
         """Make a file `size` bytes long. Without a cache only 0 and the length it has."""
         path = self._real(path)
         self._check_writable(path)
-        entry = self.core.dirs.lookup(path)
+        entry = self._lookup(path)
         if entry.is_dir:
             raise failure(errno.EISDIR, path)
+        if size < 0:
+            raise failure(errno.EINVAL, path, f"A length of {size} bytes")
         if size == entry.size:
             return
         if size:
@@ -467,7 +507,9 @@ class VFS:
     def refresh(self, path: str = "", *, recursive: bool = False) -> None:
         """Read the folder again now, and those below it where `recursive`."""
         path = self._real(path)
-        listing = self.core.dirs.listing(path, fresh=True)
+        listing = self._listing(path, fresh=True)
+        if self.core.dirs.knows(path) and not self.exists(path):  # made by others since the folder above was listed
+            self.core.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True))
         if recursive:
             for entry in listing:
                 if entry.is_dir and self.core.is_open:
@@ -507,8 +549,11 @@ class VFS:
 
     def _check_parent(self, path: str) -> None:
         parent = paths.split(path)[0]
-        if parent and not self.core.dirs.lookup(parent).is_dir:
-            raise failure(errno.ENOTDIR, parent)
+        try:
+            if not self._lookup(parent).is_dir:
+                raise failure(errno.ENOTDIR, path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise failure(error.errno or errno.ENOENT, path) from error
 
 
 class DirEntry:
@@ -531,20 +576,43 @@ class DirEntry:
         """The whole path in the VFS."""
         return paths.join(self._folder, self._entry.name)
 
-    def is_dir(self) -> bool:
+    # No store's links reach the VFS, so that following them or not makes no difference.
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
         """Tell whether it is a folder."""
         return self._entry.is_dir
 
-    def is_file(self) -> bool:
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
         """Tell whether it is a file."""
         return not self._entry.is_dir
 
-    def stat(self) -> os.stat_result:
+    def is_symlink(self) -> bool:
+        """Tell that it is none."""
+        return False
+
+    def inode(self) -> int:
+        """Return the number that stands for the path."""
+        return self._vfs.inode(self.path)
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """Return the status; nothing is asked of the store."""
         return self._vfs.stat_entry(self.path, self._entry)
 
     def __repr__(self) -> str:
         return f"<DirEntry {self.name!r}>"
+
+
+class _Process:
+    """One process's share of a VFS."""
+
+    __slots__ = ("core", "lock")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.core: _Core | None = None
 
 
 class _Core:
@@ -573,9 +641,13 @@ class _Core:
         self.count: Counter[str] = Counter()
         self.marks_folders = self.backend.capability.real_directories or options.dir_markers
         self.keeps_folders = not self.marks_folders
+        shown = not (options.no_modtime or options.use_server_modtime)
+        self.times = Times(self.backend, lambda: self.index, shown=shown)
         self._clock = clock
-        self._index_folder = Path(options.cache_dir) / (options.name or cache_name([protocol_of(url), self.backend.root]))
+        name = options.name or cache_name([protocol_of(url), self.backend.root])
+        self._index_folder = Path(options.cache_dir) / name
         self._lock = threading.Lock()
+        self._index_lock = threading.Lock()
         self._index: Index | None = None
         self._writers: dict[str, tuple[threading.Lock, int]] = {}
         self._closing = threading.Event()
@@ -609,7 +681,7 @@ class _Core:
             if thread is not threading.current_thread():
                 thread.join(timeout=10)
         self.backend.close()
-        with self._lock:
+        with self._index_lock:
             if self._index is not None:
                 self._index.close()
 
@@ -619,7 +691,7 @@ class _Core:
         def run() -> None:
             try:
                 work()
-            except Exception as error:  # a background failure is told, and tried again when somebody asks
+            except Exception as error:  # noqa: BLE001 - a background failure is told, and tried again when asked for
                 logger.warning("%s: %s", name, error)
 
         thread = threading.Thread(target=run, name=name, daemon=True)
@@ -629,18 +701,26 @@ class _Core:
     @property
     def index(self) -> Index:
         """The records on disk; a store that knows all by itself never needs them."""
-        with self._lock:
+        with self._index_lock:
             if self._index is None:
                 self._index = Index(self._index_folder)
             return self._index
 
     @contextlib.contextmanager
     def writer(self, *names: str) -> Iterator[None]:
-        """Be the one writer of each path, in this process: a commit, a delete and a rename of one object take turns."""
+        """Be the one writer of each path, in this process: a commit, a delete and a rename of one object take turns.
+
+        After a failure nobody knows what the store has there, so nothing cached is trusted any more.
+        """
         with contextlib.ExitStack() as held:
             for path in dict.fromkeys(names):
                 held.enter_context(self._one_writer(path))
-            yield
+            try:
+                yield
+            except OSError:
+                for path in names:
+                    self.dirs.doubt(path)
+                raise
 
     @contextlib.contextmanager
     def _one_writer(self, path: str) -> Iterator[None]:
@@ -684,40 +764,34 @@ class _Core:
         if not path or self.backend.capability.real_directories:
             return
         if self.keeps_folders:
-            self.index.add_folder(path)
-        elif not self.dirs.listing(path, fresh=True):
+            is_new = self.index.add_folder(path)
+        else:
+            is_new = self._is_empty(path, fresh=False) and self._is_empty(path, fresh=True)
+            if is_new:
+                self.backend.mkdir(path)
+        if is_new:
+            self.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True))
+
+    def make_folder(self, path: str) -> None:
+        """Make a folder where the store, or else the index, remembers it."""
+        if self.marks_folders:
             self.backend.mkdir(path)
-        self.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True))
+        else:
+            self.index.add_folder(path)
 
-    def fill_mtimes(self, folder: str, listing: Listing) -> None:
-        """Fill in modification times: what is remembered of the version, else what the store says, asked once each."""
-        capability = self.backend.capability
-        if self.options.no_modtime or self.options.use_server_modtime or not self._remembers_mtimes(capability):
-            return
-        unknown = [entry for entry in listing if not entry.is_dir and (capability.lists_mtime or entry.mtime is None)]
-        if not unknown:
-            return
-        known = self.index.mtimes(folder)
-        for entry in unknown:
-            fingerprint, mtime = known.get(entry.name, (None, None))
-            if mtime is not None and fingerprint == entry.fingerprint:
-                entry.mtime = mtime
-        missing = [entry for entry in unknown if entry.mtime is None]
-        if not missing or capability.lists_mtime:
-            return
-        self.backend.true_mtimes(folder, missing)
-        times = {e.name: (e.fingerprint, e.mtime) for e in listing if not e.is_dir and e.mtime is not None}
-        self.index.remember_mtimes(folder, {**known, **times} if len(listing) == 1 else times)
+    def _is_empty(self, path: str, *, fresh: bool) -> bool:
+        try:
+            return not self.dirs.listing(path, fresh=fresh)
+        except FileNotFoundError:
+            return True
 
-    def _remembers_mtimes(self, capability: Any) -> bool:
-        return not capability.lists_mtime or (capability.writes and not capability.sets_mtime)
-
-    def set_mtime(self, path: str, entry: Entry, mtime: float) -> Entry:
-        """Give the file a modification time, at the store or, where that has none, in the index."""
-        if self.backend.capability.sets_mtime:
-            return self.backend.set_mtime(path, mtime)
-        self.index.remember_mtime(path, entry.fingerprint, mtime)
-        return Entry(entry.name, False, entry.size, mtime, entry.fingerprint)
+    def is_there(self, path: str) -> bool:
+        """Ask the store, whatever is cached, whether there is anything at the path."""
+        try:
+            self._stat(path)
+        except FileNotFoundError:
+            return False
+        return True
 
     # --- polling
 
@@ -730,7 +804,7 @@ class _Core:
                 if self._closing.is_set():
                     return
                 try:
-                    self.dirs.listing(path, fresh=True)
+                    self.dirs.reread(path)
                 except FileNotFoundError:
                     self.dirs.forget(path)
                 except OSError as error:  # the store is away; what is cached stays until it is too old

@@ -1,0 +1,92 @@
+"""Data connections that are still to come: a port to listen on (PASV), or a client to connect to (PORT).
+
+pyftpdlib's own leave a transfer that waits for its connection without an answer when none comes, speak up with a
+time-out that nobody asked about, and open any port at all when the configured ones are used up, which a firewall then
+blocks.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Any
+
+from pyftpdlib.handlers.ftp.dispatchers import ActiveDTP, PassiveDTP
+from pyftpdlib.log import logger as session_logger
+
+
+class VFSPassiveDTP(PassiveDTP):
+    """Listens for one data connection of a `VFSHandler`'s. Runs on the session's event loop."""
+
+    def listen(self, num: int) -> None:
+        """Listen; EADDRINUSE where pyftpdlib found no free port in the range and took another."""
+        ports = self.cmd_channel.passive_ports
+        if ports is not None and self.socket.getsockname()[1] not in ports:
+            self.close()
+            raise OSError(errno.EADDRINUSE, "No passive port is free")
+        super().listen(num)
+
+    def handle_accepted(self, sock: socket.socket, addr: tuple[Any, ...]) -> None:
+        """Take the connection. One from elsewhere gets no word on the client's own control connection."""
+        session = self.cmd_channel
+        if addr[0] != session.remote_ip and not session.permit_foreign_addresses:
+            sock.close()
+            session.log(f"Rejected data connection from {addr[0]}:{addr[1]}.", logfun=session_logger.warning)
+            return
+        super().handle_accepted(sock, addr)
+        if session.connected and session.data_channel is None:
+            session.no_data_connection("The data connection was closed at once")
+
+    def handle_timeout(self) -> None:
+        self.close()
+        if self.cmd_channel.connected:
+            self.cmd_channel.no_data_connection(f"No data connection came within {self.timeout} seconds")
+
+    def handle_error(self) -> None:
+        super().handle_error()
+        if self.cmd_channel.connected:
+            self.cmd_channel.no_data_connection("The data connection could not be accepted")
+
+
+class VFSActiveDTP(ActiveDTP):
+    """Connects to a client of a `VFSHandler`. Runs on the session's event loop."""
+
+    def handle_connect(self) -> None:
+        """Answer PORT and hand the connection over, so that what becomes of it is no matter of this object's."""
+        self.del_channel()
+        self._stop_waiting()
+        session = self.cmd_channel
+        number = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            raise OSError(number, "connecting failed")
+        if not session.connected:
+            self.close()
+            return
+        self._answer(200, "Active data connection established.")
+        session._dtp_connector = None
+        handler = session.dtp_handler(self.socket, session)
+        if handler.connected:
+            session.data_channel = handler
+            session._on_dtp_connection()
+        else:
+            session.no_data_connection("The data connection was closed at once")
+
+    def handle_timeout(self) -> None:
+        self.handle_close()
+
+    def handle_close(self) -> None:
+        """Answer PORT, and the transfer that waits behind it, that there is no connection."""
+        if self._closed:
+            return
+        self.close()
+        if self.cmd_channel.connected:
+            self._answer(425, "Can't connect to specified address.")
+            self.cmd_channel.no_data_connection("There is no data connection")
+
+    def _stop_waiting(self) -> None:
+        if self._idler is not None and not self._idler.cancelled:
+            self._idler.cancel()
+
+    def _answer(self, code: int, text: str) -> None:
+        self.cmd_channel.respond(f"{code} {text}")
+        self.cmd_channel.log_cmd(self._cmd, self._normalized_addr, code, text)
