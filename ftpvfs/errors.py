@@ -1,4 +1,4 @@
-"""Failures as the operating system names them: every error that leaves the VFS is an OSError with an errno and the path.
+"""Failures as the operating system names them: each that leaves the VFS is an OSError with an errno and a path.
 
 `OSError` itself picks the subclass (`FileNotFoundError` for ENOENT, ...), so callers may catch either.
 """

@@ -624,11 +624,11 @@ def test_true_mtimes_report_a_failure(store: Store, proxy: FaultProxy, make: Mak
         pytest.skip("its listings have them")
     for number in range(4):
         store.write(str(number), b"1")
-    backend = make()
+    backend = make(low_level_retries=2)
     entries = backend.list("")
-    proxy.fail_next(1000, method="HEAD", target="/2$", status=403, code="AccessDenied")
+    proxy.fail_next(1000, method="HEAD", target="/2$", status=500, code="InternalError")
 
-    with failing(errno.EACCES) as failed:
+    with failing(errno.EIO) as failed:
         backend.true_mtimes("", entries)
     assert failed.value.filename == "2"
 
@@ -640,3 +640,19 @@ def test_closing_a_backend_closes_its_connections(store: Store, proxy: FaultProx
     backend.close()
 
     wait_until(lambda: not proxy.standing)
+
+
+def test_one_object_that_may_not_be_read_does_not_hide_its_folder(
+    store: Store, proxy: FaultProxy, make: MakeBackend
+) -> None:
+    if store.kind != "s3":
+        pytest.skip("its listings have the times")
+    backend = make()
+    for name in ("a", "b"):
+        put(backend, name, b"1")
+    entries = backend.list("")
+    proxy.fail_next(1, method="HEAD", status=403, code="AccessDenied")
+
+    backend.true_mtimes("", entries)
+
+    assert all(entry.mtime is not None for entry in entries)

@@ -159,6 +159,18 @@ def test_a_connection_reset_at_once_is_no_sent_file(store: Store, ftp: ftplib.FT
     assert reply(ftp, "NOOP").startswith("200 ")
 
 
+def test_a_connection_reset_before_the_command_is_no_sent_file(ftp: ftplib.FTP, events: Events) -> None:
+    for _ in range(5):
+        with_data = socket.create_connection(ftplib.parse229(reply(ftp, "EPSV"), (HOST, 0)))
+        assert reply(ftp, "NOOP").startswith("200 ")  # by then the server has accepted it
+        reset(with_data)
+        assert reply(ftp, "NOOP").startswith("200 ")
+        if not reply(ftp, "RETR a").startswith("425 "):
+            assert last_reply(ftp).startswith("426 ")
+    assert "file_sent /a" not in events.seen
+    assert reply(ftp, "NOOP").startswith("200 ")
+
+
 def test_a_client_that_stops_reading_is_told(store: Store, ftp_server: Serve) -> None:
     store.write("a", OLD)
     impatient = type("Impatient", (VFSDTPHandler,), {"timeout": 0.4})

@@ -192,6 +192,8 @@ def test_a_second_transfer_is_refused_and_does_not_disturb_the_first(store: Stor
 def test_bytes_and_an_end_that_come_before_the_command_are_stored(store: Store, ftp: ftplib.FTP) -> None:
     with socket.create_connection(data_address(ftp)) as with_data:
         with_data.sendall(SMALL)
+        assert reply(ftp, "NOOP").startswith("200 ")  # by then the server has seen them
+    assert reply(ftp, "NOOP").startswith("200 ")
     assert reply(ftp, "STOR a")[:4] in {"125 ", "150 "}
     assert last_reply(ftp).startswith("226 ")
     assert store.read("a") == SMALL
@@ -208,6 +210,24 @@ def test_abor_and_the_end_of_the_data_in_one_breath_store_nothing(store: Store, 
         assert store.read("a") == OLD
     assert_untouched(store)
     assert_in_step(ftp, store)
+
+
+def test_an_end_and_abor_that_wait_together_store_nothing(
+    local_store: Store, launched: Callable[..., Launched]
+) -> None:
+    local_store.write("a", OLD)
+    server = launched(local_store.url)
+    with connect(server.address) as ftp, open_transfer(ftp, "STOR a") as with_data:
+        with_data.sendall(SMALL)
+        wait_until(lambda: f"received: {len(SMALL)}\n" in reply(ftp, "STAT"))
+        server.process.send_signal(signal.SIGSTOP)
+        with_data.shutdown(socket.SHUT_WR)  # the server will see the end first, and the ABOR behind it
+        assert ftp.sock is not None
+        ftp.sock.sendall(b"ABOR\r\n")
+        server.process.send_signal(signal.SIGCONT)
+        assert last_reply(ftp).startswith("426 ")
+        assert last_reply(ftp)[:3] in {"225", "226"}
+    assert_untouched(local_store)
 
 
 def test_abor_before_the_data_connection_answers_the_transfer_as_well(store: Store, ftp: ftplib.FTP) -> None:

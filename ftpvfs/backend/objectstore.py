@@ -208,8 +208,15 @@ class ObjectStoreBackend(Backend):
             for entry, head in zip(batch, heads, strict=True):
                 if isinstance(head, Entry):
                     entry.mtime = head.mtime
-                elif self.translated(head, folder).errno != errno.ENOENT:  # of what is gone meanwhile nobody asks it
-                    raise self.translated(head, paths.join(folder, entry.name)) from head
+                else:
+                    entry.mtime = self._time_otherwise(entry, folder, head)
+
+    def _time_otherwise(self, entry: Entry, folder: str, error: BaseException) -> float | None:
+        """Return a time for an object that could not be asked; one that may not be read must not hide its folder."""
+        known = self.translated(error, paths.join(folder, entry.name))
+        if known.errno not in {errno.ENOENT, errno.EACCES, errno.EINVAL}:
+            raise known from error
+        return None if entry.stamp is None else float(entry.stamp)
 
 
 class ListedPage:

@@ -42,8 +42,8 @@ class Retry:
             "before_sleep": _log,
             "reraise": True,
         }
-        self._sync = tenacity.Retrying(**options)  # type: ignore[arg-type]
-        self._async = tenacity.AsyncRetrying(**options)  # type: ignore[arg-type]
+        self._sync = tenacity.Retrying(**options)
+        self._async = tenacity.AsyncRetrying(**options)
 
     def call(self, operation: Callable[[], T]) -> T:
         """Run a blocking operation, in this thread."""
