@@ -217,17 +217,18 @@ def test_an_end_and_abor_that_wait_together_store_nothing(
 ) -> None:
     local_store.write("a", OLD)
     server = launched(local_store.url)
-    with connect(server.address) as ftp, open_transfer(ftp, "STOR a") as with_data:
-        with_data.sendall(SMALL)
-        wait_until(lambda: f"received: {len(SMALL)}\n" in reply(ftp, "STAT"))
-        server.process.send_signal(signal.SIGSTOP)
-        with_data.shutdown(socket.SHUT_WR)  # the server will see the end first, and the ABOR behind it
-        assert ftp.sock is not None
-        ftp.sock.sendall(b"ABOR\r\n")
-        server.process.send_signal(signal.SIGCONT)
-        assert last_reply(ftp).startswith("426 ")
-        assert last_reply(ftp)[:3] in {"225", "226"}
-    assert_untouched(local_store)
+    for _ in range(5):  # in which order the two are seen is chance
+        with connect(server.address) as ftp, open_transfer(ftp, "STOR a") as with_data:
+            with_data.sendall(SMALL)
+            wait_until(lambda: f"received: {len(SMALL)}\n" in reply(ftp, "STAT"))
+            server.process.send_signal(signal.SIGSTOP)
+            with_data.shutdown(socket.SHUT_WR)
+            assert ftp.sock is not None
+            ftp.sock.sendall(b"ABOR\r\n")
+            server.process.send_signal(signal.SIGCONT)
+            assert last_reply(ftp).startswith("426 ")
+            assert last_reply(ftp)[:3] in {"225", "226"}
+        assert_untouched(local_store)
 
 
 def test_abor_before_the_data_connection_answers_the_transfer_as_well(store: Store, ftp: ftplib.FTP) -> None:
@@ -363,6 +364,7 @@ def test_a_store_that_fails_is_answered_with_451(
         answer = last_reply(ftp)
         assert answer.startswith("451 ")
         assert "None" not in answer
+        proxy.cut()  # a request that waits in the silence must not reach the store after it: its outcome is chance
         assert "Internal" not in answer
         proxy.heal()
         events.wait_for("incomplete_file_received /a")  # comes when the rest is tidied away, or cannot be

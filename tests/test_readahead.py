@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import pairwise
@@ -12,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftpvfs.backend.backend import Pieces
+from ftpvfs.clock import Clock
 from ftpvfs.memory import MemoryBudget
-from ftpvfs.vfs.readahead import AUTO_STREAMS, FIRST_CHUNK, LEAST_CHUNK, ChunkPolicy, ReadAhead
+from ftpvfs.vfs.readahead import AUTO_STREAMS, FAST_STREAMS, FIRST_CHUNK, LEAST_CHUNK, ChunkPolicy, ReadAhead
 
 KIB, MIB = 2**10, 2**20
 PATTERN = bytes(range(251)) * 263  # no power of two, so that shifted bytes show
@@ -119,31 +122,66 @@ def test_nothing_is_asked_for_an_empty_range() -> None:
     assert source.asked == []
 
 
-def test_requests_double_up_to_the_largest_and_no_crumb_is_left_for_the_end() -> None:
-    source = Source(20 * MIB + 5)
-    stream = ReadAhead(source.fetch, 0, source.size, ChunkPolicy(MIB, 4 * MIB), MemoryBudget(None))
+class Stopwatch(Clock):
+    """A clock that shows one second more each time it is asked, times `slowness`."""
+
+    def __init__(self, slowness: float) -> None:
+        self.slowness = slowness
+        self.shown = 0.0
+
+    def monotonic(self) -> float:
+        self.shown += self.slowness
+        return self.shown
+
+
+FAR, NEAR = 1.0, 1e-3  # a MiB in a second; in a millisecond
+
+
+@pytest.mark.parametrize(("slowness", "largest"), [(FAR, 4 * MIB), (NEAR, 8 * MIB)])
+def test_requests_double_up_to_the_largest_and_no_crumb_is_left_for_the_end(slowness: float, largest: int) -> None:
+    source = Source(40 * MIB + 5)
+    policy = ChunkPolicy(MIB, 4 * MIB)
+    stream = ReadAhead(source.fetch, 0, source.size, policy, MemoryBudget(None), Stopwatch(slowness))
     read_all(stream)
     sizes = [stop - start for start, stop in source.asked]
     assert sizes[:3] == [MIB, 2 * MIB, 4 * MIB]
-    assert max(sizes) <= 6 * MIB
+    assert largest <= max(sizes) <= largest + largest // 2
     assert min(sizes[2:]) >= 2 * MIB
 
 
-def test_streams_grow_with_the_reader_to_four() -> None:
-    source = Source(200 * MIB, at_once=False)
-    stream = ReadAhead(source.fetch, 0, source.size, POLICY, MemoryBudget(None))
+@pytest.mark.parametrize(("slowness", "streams"), [(FAR, AUTO_STREAMS), (NEAR, FAST_STREAMS)])
+def test_a_far_store_is_read_in_many_streams_and_a_near_one_in_few(slowness: float, streams: int) -> None:
+    source = Source(400 * MIB, at_once=False)
+    stream = ReadAhead(source.fetch, 0, source.size, POLICY, MemoryBudget(None), Stopwatch(slowness))
     seen = []
-    while source.asked[-1:] != [] or not seen:
+    while len(seen) < 8:
         assert stream.pending() is not None
         seen.append(len(source.waiting))
         source.answer()
-        while stream.pending() is None and len(seen) < 8:
+        while stream.pending() is None:
             assert stream.take(2**30)
-        if len(seen) == 8:
-            break
     assert seen[0] == 1
-    assert max(seen) == AUTO_STREAMS
+    assert max(seen) == streams
     stream.close()
+
+
+def test_what_was_read_is_let_go_of_at_once() -> None:
+    gc.disable()
+    try:
+        futures: list[weakref.ref[Future[Pieces]]] = []
+        source = Source(8 * MIB)
+
+        def fetch(start: int, stop: int) -> Future[Pieces]:
+            future = source.fetch(start, stop)
+            futures.append(weakref.ref(future))
+            return future
+
+        stream = ReadAhead(fetch, 0, source.size, ChunkPolicy(MIB, MIB), MemoryBudget(None))
+        read_all(stream)
+        assert len(futures) > 2
+        assert [future for future in futures if future() is not None] == []
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("streams", [1, 3, 16])
