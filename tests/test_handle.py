@@ -527,3 +527,15 @@ def test_every_kind_of_handle_says_what_it_is() -> None:
     assert repr(handle) == "<WriteHandle 'a' closed>"
     assert isinstance(handle, Handle)
     assert isinstance(handle, io.RawIOBase)
+
+
+def test_views_are_the_files_bytes_and_wait_for_the_first_alone() -> None:
+    versions = Versions(b"0123456789abcdef")
+    with versions.open() as handle:
+        views = handle.take_views(6)
+        assert 0 < sum(map(len, views)) <= 6
+        rest = b"".join(bytes(view) for view in views)
+        while views := handle.take_views(100):
+            rest += b"".join(bytes(view) for view in views)
+    assert rest == b"0123456789abcdef"
+    assert versions.memory.used == 0

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+# What the system takes in one sendmsg (IOV_MAX).
+MOST_VIEWS = 1024
 # What one `read()` of a whole file takes at a time.
 BLOCK = 2**20
 
@@ -208,6 +210,24 @@ class ReadHandle(Handle):
 
     def abandon(self) -> None:
         self.close()
+
+
+    def take_views(self, limit: int) -> list[memoryview]:
+        """Return up to about `limit` bytes in the pieces in which they came, none at the end; for sendmsg.
+
+        Waits for the first piece alone.
+        """
+        views: list[memoryview] = []
+        while limit > 0 and len(views) < MOST_VIEWS and (not views or self._has_ready()):
+            view = self.take(limit)
+            if not view:
+                break
+            views.append(view)
+            limit -= len(view)
+        return views
+
+    def _has_ready(self) -> bool:
+        return self._stream is not None and self._stream.is_ready
 
 
 class FileHandle(Handle):

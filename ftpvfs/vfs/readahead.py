@@ -114,6 +114,11 @@ class ReadAhead:
         taken, self._view = self._view[:limit], self._view[limit:]
         return taken
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `take` gives bytes of a range that has arrived already."""
+        return bool(self._view or self._pieces)
+
     def _next_piece(self) -> None:
         if not self._pieces:
             self._next_chunk()
