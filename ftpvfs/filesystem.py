@@ -15,7 +15,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, ClassVar, TypeVar
 
 from pyftpdlib.exceptions import FilesystemError
@@ -31,6 +31,17 @@ from ftpvfs.vfs.vfs import VFS
 logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
 
+# The facts of MLSx lines (RFC 3659, section 7.5), and how each is written.
+MLSX_FACTS = {
+    "type": "{type}",
+    "perm": "{perm}",
+    "size": "{size}",
+    "modify": "{modify}",
+    "unix.mode": "0{mode:o}",
+    "unix.uid": "{uid}",
+    "unix.gid": "{gid}",
+    "unique": "{device:x}g{inode:x}",
+}
 MONTHS = ("", "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 # Files that are older, or of the future, show their year instead of the hour, as in ls and proftpd.
 DAY = 86400
@@ -38,6 +49,10 @@ SIX_MONTHS = 180 * DAY
 # A listing that does not change is rendered once, unless keeping its text costs more than making it.
 KEPT_RENDERING = 4 * 2**20
 PIECE = 16 * 1024
+
+
+# (name, what files and folders have in common, size, modification time, inode) -> the line of a listing
+Line = Callable[[str, Any, int, float, Callable[[], int]], str]
 
 
 class ClientError(FilesystemError):
@@ -288,7 +303,7 @@ class VFSFilesystem(AbstractedFS):
         basedir: str,
         listing: Iterable[str],
         key: Any,
-        line: Callable[[str, Any], str],
+        line: Line,
         ignore_err: bool,
     ) -> Iterator[bytes]:
         # A subclass may have taken names out of what `listdir` gave.
@@ -302,15 +317,26 @@ class VFSFilesystem(AbstractedFS):
         # Evaluated now, not when the data connection asks: pyftpdlib handles errors here and nowhere later.
         return iter([self._encode(self._one_line(basedir, name, line, ignore_err)) for name in listing])
 
-    def _render(self, basedir: str, listing: Listing, line: Callable[[str, Any], str]) -> bytes:
-        folder = self._path(basedir)
-        stat_entry = self.vfs.stat_entry
-        lines = [line(entry.name, stat_entry(paths.join(folder, entry.name), entry)) for entry in listing]
+    def _render(self, basedir: str, listing: Listing, line: Line) -> bytes:
+        # All files of a listing share what is not in their entries; a stat_result for each would double the time.
+        prefix, vfs = paths.join(self._path(basedir), ""), self.vfs
+        file, folder = (vfs.stat_entry("", Entry("", is_dir)) for is_dir in (False, True))
+        lines = [
+            line(
+                entry.name,
+                folder if entry.is_dir else file,
+                entry.size,
+                vfs.mtime_of(entry),
+                lambda name=entry.name: vfs.inode(prefix + name),  # type: ignore[misc]
+            )
+            for entry in listing
+        ]
         return self._encode("".join(lines))
 
-    def _one_line(self, basedir: str, name: str, line: Callable[[str, Any], str], ignore_err: bool) -> str:
+    def _one_line(self, basedir: str, name: str, line: Line, ignore_err: bool) -> str:
         try:
-            return line(name, self.lstat(posixpath.join(basedir, name)))
+            info = self.lstat(posixpath.join(basedir, name))
+            return line(name, info, info.st_size, info.st_mtime, lambda: info.st_ino)
         except FilesystemError:
             if not ignore_err:
                 raise
@@ -326,42 +352,51 @@ class VFSFilesystem(AbstractedFS):
         except (OverflowError, ValueError, OSError):  # a time out of this world, as anybody can write into metadata
             return convert(0)
 
-    def _list_line(self, now: float) -> Callable[[str, Any], str]:
-        broken_down = self._broken_down
-        user, group = self.get_user_by_uid, self.get_group_by_gid
+    def _list_line(self, now: float) -> Line:
+        @lru_cache(maxsize=16)
+        def head(mode: int, nlink: int, uid: int, gid: int) -> str:
+            user, group = self.get_user_by_uid(uid), self.get_group_by_gid(gid)
+            return f"{stat.filemode(mode)} {nlink:>3} {user:<8} {group:<8}"
 
-        def line(name: str, info: Any) -> str:
-            when = broken_down(info.st_mtime)
-            old = not -DAY < now - info.st_mtime < SIX_MONTHS  # a clock may be a little wrong
+        @lru_cache(maxsize=1024)
+        def date(minute: float) -> str:
+            when = self._broken_down(minute * 60)
+            old = not -DAY < now - minute * 60 < SIX_MONTHS  # a clock may be a little wrong
             hour = f" {when.tm_year}" if old else f"{when.tm_hour:02}:{when.tm_min:02}"
-            return (
-                f"{stat.filemode(info.st_mode)} {info.st_nlink:>3} {user(info.st_uid):<8} {group(info.st_gid):<8}"
-                f" {info.st_size:>8} {MONTHS[when.tm_mon]} {when.tm_mday:02} {hour} {name}\r\n"
-            )
+            return f"{MONTHS[when.tm_mon]} {when.tm_mday:02} {hour}"
+
+        def line(name: str, info: Any, size: int, mtime: float, inode: Callable[[], int]) -> str:
+            shown = head(info.st_mode, info.st_nlink, info.st_uid, info.st_gid)
+            return f"{shown} {size:>8} {date(mtime // 60)} {name}\r\n"
 
         return line
 
-    def _mlsx_line(self, perms: str, facts: set[str]) -> Callable[[str, Any], str]:
-        broken_down = self._broken_down
+    def _mlsx_line(self, perms: str, facts: set[str]) -> Line:
+        wanted = sorted(facts & MLSX_FACTS.keys())
+        form = "".join(f"{fact}={MLSX_FACTS[fact]};" for fact in wanted) + " {name}\r\n"
+        unique = "unique" in wanted
         folder_perms = "".join(letter for letter in perms if letter not in "arw")
         folder_perms += ("c" if set("waf") & set(perms) else "") + ("p" if "d" in perms else "")
         file_perms = "".join(letter for letter in perms if letter not in "celmp")
 
-        def line(name: str, info: Any) -> str:
+        @lru_cache(maxsize=1024)
+        def modified(second: float) -> str:
+            return "%04d%02d%02d%02d%02d%02d" % self._broken_down(second)[:6]  # noqa: UP031 - twice as fast
+
+        def line(name: str, info: Any, size: int, mtime: float, inode: Callable[[], int]) -> str:
             is_dir = stat.S_ISDIR(info.st_mode)
-            when = broken_down(info.st_mtime)
-            known = {
-                "type": "dir" if is_dir else "file",
-                "perm": folder_perms if is_dir else file_perms,
-                "size": info.st_size,
-                "modify": "%04d%02d%02d%02d%02d%02d" % when[:6],  # noqa: UP031 - twice as fast
-                "unix.mode": f"0{info.st_mode & 0o777:o}",
-                "unix.uid": info.st_uid,
-                "unix.gid": info.st_gid,
-                "unique": f"{info.st_dev:x}g{info.st_ino:x}",
-            }
-            shown = "".join(f"{fact}={known[fact]};" for fact in sorted(facts & known.keys()))
-            return f"{shown} {name}\r\n"
+            return form.format(
+                name=name,
+                type="dir" if is_dir else "file",
+                perm=folder_perms if is_dir else file_perms,
+                size=size,
+                modify=modified(mtime // 1),
+                mode=info.st_mode & 0o777,
+                uid=info.st_uid,
+                gid=info.st_gid,
+                device=info.st_dev,
+                inode=inode() if unique else 0,
+            )
 
         return line
 

@@ -35,7 +35,8 @@ def events() -> Events:
 @pytest.fixture
 def address(store: Store, ftp_server: Serve, events: Events) -> tuple[str, int]:
     store.write("a", OLD)
-    return ftp_server(store, attributes=events.attributes())
+    # Little is read ahead, so that most of the file is still at the store when its beginning has arrived.
+    return ftp_server(store, attributes=events.attributes(), buffer_size="1Mi")
 
 
 @pytest.fixture

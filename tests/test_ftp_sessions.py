@@ -6,7 +6,9 @@ import contextlib
 import ftplib
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -239,3 +241,20 @@ def test_a_throttled_handler_keeps_the_truth(store: Store, ftp_server: Serve) ->
         assert store.read("a") == b"old"
         assert upload(ftp, "a", DATA).startswith("226 ")
         assert download(ftp, "a") == DATA
+
+
+def test_sessions_that_want_passive_ports_at_once_all_get_one(local_store: Store, ftp_server: Serve) -> None:
+    """Two may bind the same port before either listens: the slower one must look for another."""
+    ports = free_ports(1)[0]
+    span = list(range(ports, ports + 40))
+    address = ftp_server(local_store, attributes={"passive_ports": span})
+    start = threading.Barrier(8)
+
+    def ask() -> list[str]:
+        with connect(address) as client:
+            start.wait(10)
+            return [client.sendcmd("EPSV")[:3] for _ in range(40)]
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = [each.result() for each in [threads.submit(ask) for _ in range(8)]]
+    assert {code for codes in answers for code in codes} == {"229"}

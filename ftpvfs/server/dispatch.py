@@ -19,12 +19,18 @@ class VFSPassiveDTP(PassiveDTP):
     """Listens for one data connection of a `VFSHandler`'s. Runs on the session's event loop."""
 
     def listen(self, num: int) -> None:
-        """Listen; EADDRINUSE where pyftpdlib found no free port in the range and took another."""
+        """Listen; EADDRNOTAVAIL where pyftpdlib found no free port in the range and took another.
+
+        EADDRINUSE means that another session has just begun to listen there: two may bind one port, one may listen.
+        """
         ports = self.cmd_channel.passive_ports
-        if ports is not None and self.socket.getsockname()[1] not in ports:
+        try:
+            if ports is not None and self.socket.getsockname()[1] not in ports:
+                raise OSError(errno.EADDRNOTAVAIL, "No passive port is free")
+            super().listen(num)
+        except OSError:
             self.close()
-            raise OSError(errno.EADDRINUSE, "No passive port is free")
-        super().listen(num)
+            raise
 
     def handle_accepted(self, sock: socket.socket, addr: tuple[Any, ...]) -> None:
         """Take the connection. One from elsewhere gets no word on the client's own control connection."""

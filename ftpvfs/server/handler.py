@@ -44,6 +44,8 @@ TRANSFERS = {"RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"}
 LS_OPTIONS = re.compile(r"-[aAlLFRrStdhn1]+(?: |$)")
 # `MDTM 20240102030405 name`, by which old clients set a time; some write fractions of seconds, in MFMT as well.
 TIME_AND_NAME = re.compile(r"(\d{14})(?:\.\d+)? +(\S.*)")
+# How often another passive port is looked for when a session was faster with the one that was found.
+PORT_TRIES = 20
 # A name has 255 bytes at most, an S3 key 1024; pyftpdlib's limit.
 LONGEST_COMMAND = 2048
 
@@ -180,10 +182,14 @@ class VFSHandler(FTPHandler):
     # --- data connections
 
     def _make_epasv(self, extmode: bool = False) -> None:
-        try:
-            super()._make_epasv(extmode)
-        except OSError as error:
-            self.respond_w_warning(f"425 Can't open a data connection: {error.strerror}.")
+        for tries in range(PORT_TRIES, 0, -1):
+            try:
+                super()._make_epasv(extmode)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and tries > 1:
+                    continue
+                self.respond_w_warning(f"425 Can't open a data connection: {error.strerror}.")
+            return
 
     def push_dtp_data(
         self, data: Any, isproducer: bool = False, file: Any = None, cmd: str | None = None

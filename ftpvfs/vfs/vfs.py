@@ -151,9 +151,7 @@ class VFS:
 
     def stat_entry(self, path: str, entry: Entry) -> os.stat_result:
         """Return an entry of `path` as a stat_result."""
-        mtime = self._started if entry.mtime is None else entry.mtime
-        if not 0 <= abs(mtime) < END_OF_TIME:  # metadata is anybody's to write; a NaN is no number at all
-            mtime = self._started
+        mtime = self.mtime_of(entry)
         whole = int(mtime // 1)
         return os.stat_result(
             (
@@ -170,6 +168,13 @@ class VFS:
             ),
             {"st_atime": mtime, "st_mtime": mtime, "st_ctime": mtime, "st_mtime_ns": int(mtime * 1e9)},
         )
+
+    def mtime_of(self, entry: Entry) -> float:
+        """Return the modification time to show; the VFS's own start where there is none."""
+        mtime = entry.mtime
+        if mtime is None or not 0 <= abs(mtime) < END_OF_TIME:  # metadata is anybody's to write, a NaN is no number
+            return self._started
+        return mtime
 
     def inode(self, path: str) -> int:
         """Return a number that stands for the path, the same in all processes."""
