@@ -360,7 +360,7 @@ def test_a_lost_answer_to_the_last_chunk_is_still_a_success(
     data = content(20 * MIB)
     upload = backend.upload("a.bin", mtime=1.5)
     upload.write(data)
-    wait_until(lambda: backend.tuning.memory.used == 0, what="the first chunk is there")
+    wait_until(lambda: backend.tuning.memory.used <= 4 * MIB, what="the first chunk is there")
     lose_answer(monkeypatch, gcs.GCSBackend, "PUT")
     entry = upload.commit()
 

@@ -43,7 +43,10 @@ class LocalBackend(Backend):
         unknown = sorted(set(storage_options) - {"sync"})
         if unknown:
             raise ValueError(f"{unknown[0]} is no storage option of a local folder; it knows sync")
-        return cls(root, root, tuning, sync=bool(storage_options.get("sync", True)))
+        sync = storage_options.get("sync", True)
+        if not isinstance(sync, bool):
+            raise ValueError(f"storage option sync: {sync!r} is neither true nor false")
+        return cls(root, root, tuning, sync=sync)
 
     def __init__(self, url: str, root: str, tuning: Tuning, *, sync: bool) -> None:
         super().__init__(url, root, {}, tuning)
@@ -142,8 +145,16 @@ class LocalBackend(Backend):
 
     def rename(self, source: str, target: str) -> None:
         with self._renamed(source):
+            self.refuse_hidden(target)
             os.rename(self.locate(source), self.locate(target))
             self._sync_folder(os.path.dirname(self.locate(target)))
+
+    def refuse_hidden(self, path: str) -> None:
+        """Raise EEXIST where something stands that listings leave out: who cannot see it must not replace it."""
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(self.locate(path), follow_symlinks=self.tuning.follow_links)
+            if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+                raise failure(errno.EEXIST, path, "A link or special file stands there, which is not shown")
 
     def set_mtime(self, path: str, mtime: float) -> Entry:
         with self._renamed(path):
@@ -267,6 +278,7 @@ class LocalUpload(Upload):
                 raise failure(errno.EIO, self._path, f"The disk has {info.st_size} bytes of {self._size}")
             if os.path.isdir(target):
                 raise failure(errno.EISDIR, self._path)
+            self._backend.refuse_hidden(self._path)
             self._publish(target)
             self._backend._sync_folder(os.path.dirname(target))
             info = os.fstat(self._descriptor)

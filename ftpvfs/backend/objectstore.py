@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import errno
+import gc
 import hashlib
 import logging
 from abc import abstractmethod
@@ -27,6 +28,8 @@ T = TypeVar("T")
 
 # Parts of one upload on their way at once. Measured against SeaweedFS on two cores: 2 is slower, 8 no faster.
 UPLOAD_CONCURRENCY = 4
+# What an upload takes of the memory budget at a time, as its bytes come.
+RESERVATION = 2**20
 # Bytes a second, for each of them. A guess: below it a time-out is likelier than a line that slow.
 SLOWEST_UPLOAD = 16 * 1024
 # True modification times asked for at once, for each of the `checkers`.
@@ -238,7 +241,8 @@ class PartsUpload(Upload):
     """An object that is sent in parts while it arrives. One thread at a time.
 
     What is smaller than one part goes in one request at `commit`. Else parts of `part_size(number)` bytes leave as soon
-    as they are full, up to `concurrency` at once within the memory budget; `write` blocks while no more may leave.
+    as they are full, up to `concurrency` at once; `write` blocks while no more may leave. All bytes that are held, on
+    their way or not, are taken from the memory budget, which may be exceeded by the one part that is collected.
     """
 
     concurrency = UPLOAD_CONCURRENCY
@@ -252,6 +256,7 @@ class PartsUpload(Upload):
         self._is_over = False  # committed or given up
         self._pieces: list[bytes | memoryview] = []
         self._pending = 0
+        self._reserved = 0  # of the memory budget, for the pieces
         self._parts: list[Future[Any]] = []
         self._in_flight: deque[Future[Any]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()  # touched on the event loop alone
@@ -285,30 +290,41 @@ class PartsUpload(Upload):
 
     def pressure(self) -> Future[Any] | None:
         """Send what can be sent; return the future to await before more is written, or None when more may come."""
-        while self._pending >= self.part_size(len(self._parts)):
+        while True:
             self._reap()
-            if len(self._in_flight) >= self.concurrency:
-                return self._in_flight[0]
             size = self.part_size(len(self._parts))
-            if not self._memory.take(size, force=not self._in_flight):
+            if self._reserved < self._pending:
+                if not self._memory.take(RESERVATION, force=not self._in_flight):
+                    return self._in_flight[0]
+                self._reserved += RESERVATION
+            elif self._pending < size:
+                return None
+            elif len(self._in_flight) >= self.concurrency:
                 return self._in_flight[0]
-            self._send(size)
-        return None
+            else:
+                self._send(self._cut(size))
 
     def _reap(self) -> None:
         """Drop finished parts from the front; a failed one fails the upload here and now."""
         while self._in_flight and self._in_flight[0].done():
             self._in_flight.popleft().result()
 
-    def _send(self, size: int) -> None:
-        data = b"".join(self._pieces)
-        rest = data[size:]
-        part = data[:size] if rest else data
-        self._pieces, self._pending = ([rest], len(rest)) if rest else ([], 0)
-        number, offset = len(self._parts), self.size
+    def _cut(self, size: int) -> bytes:
+        """Take exactly `size` bytes out of the pieces, copying each once."""
+        last = self._pieces.pop()
+        beyond = self._pending - size
+        kept = memoryview(last)[: len(last) - beyond]
+        part = b"".join([*self._pieces, kept])
+        self._pieces, self._pending = ([bytes(memoryview(last)[len(kept) :])], beyond) if beyond else ([], 0)
+        return part
+
+    def _send(self, part: bytes) -> None:
+        number, offset, reserved = len(self._parts), self.size, self._reserved
         self.size += len(part)
+        self._reserved = 0
+        memory = self._memory
         future = self.backend.spawn(self.path, lambda: self._tracked(number, offset, part))
-        future.add_done_callback(lambda _: self._memory.give(size))
+        future.add_done_callback(lambda _: memory.give(reserved))
         self._parts.append(future)
         self._in_flight.append(future)
 
@@ -328,8 +344,13 @@ class PartsUpload(Upload):
             parts = [part.result() for part in self._parts]
             entry = self.backend.ask(self.path, lambda: self.finish(parts, rest))
         self._is_over = True
-        self._parts, self._pieces, self._pending = [], [], 0
+        self._let_go()
         return entry
+
+    def _let_go(self) -> None:
+        """Forget the pieces and give their memory back."""
+        self._memory.give(self._reserved)
+        self._parts, self._pieces, self._pending, self._reserved = [], [], 0, 0
 
     def _raise_if_over(self) -> None:
         if self._is_over:
@@ -337,12 +358,16 @@ class PartsUpload(Upload):
 
     def abort(self) -> None:
         self._is_over = True
-        self._pieces, self._pending = [], 0
-        if not self._parts:
+        was_begun = bool(self._parts)
+        self._let_go()
+        if not was_begun:
             return
         for part in self._in_flight:
             part.cancel()
-        self._parts, self._in_flight = [], deque()
+        self._in_flight = deque()
+        # Failed tries leave their parts' bytes in circles of errors and frames, some 90 MiB an upload (measured), which
+        # Python would collect at leisure: it counts objects and not their size.
+        gc.collect()
         try:
             self.backend.ask(self.path, self._discard_settled)
         except OSError as error:

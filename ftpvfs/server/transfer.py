@@ -34,6 +34,8 @@ SEND = 2**20
 SENDS = 4
 # What the client hears when a transfer failed for a reason of the store's (RFC 959, section 5.4: STOR, RETR).
 NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
+# What no other try will change; 451 would have a client send all again.
+FOR_GOOD = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
 # How much of what a client has said on its control connection is searched for an ABOR.
 PEEK = 4096
 
@@ -391,7 +393,7 @@ class ASCIIProducer:
 
 def failure_reply(error: OSError) -> str:
     """Return the reply for a transfer that failed."""
-    code = 552 if error.errno in NO_SPACE else 451
+    code = 552 if error.errno in NO_SPACE else 550 if error.errno in FOR_GOOD else 451
     return f"{code} {reason_of(error)}; transfer aborted."
 
 
