@@ -900,7 +900,7 @@ class _Link:
     async def _send(self, target: socket.socket, queue: asyncio.Queue[tuple[float, bytes]], way: str) -> None:
         while True:
             due, data = await queue.get()
-            await asyncio.sleep(max(0.0, due - self._loop.time()))
+            await asyncio.sleep(max(0.0, due - self._loop.time()))  # the delay that the proxy is for
             await self._proxy.passable()
             if self._is_client_gone:
                 raise _Reset
@@ -919,7 +919,7 @@ class _Link:
         self._proxy.note_request(request)
         answer = self._proxy.failure_for(request)
         if answer is not None:
-            await asyncio.sleep(self._proxy.delay)
+            await asyncio.sleep(self._proxy.delay)  # the delay that the proxy is for
             await self._loop.sock_sendall(self._client, answer)
             self._client.shutdown(socket.SHUT_WR)
             raise _Answered
@@ -945,7 +945,7 @@ class _Link:
         if self._proxy.bandwidth is not None:
             now = self._loop.time()
             self._free_at[way] = max(self._free_at[way], now - 0.02) + count / self._proxy.bandwidth
-            await asyncio.sleep(max(0.0, self._free_at[way] - now))
+            await asyncio.sleep(max(0.0, self._free_at[way] - now))  # the bandwidth that the proxy is for
 
     async def _await_client_end(self) -> None:
         """Read until the client closes: closing first, with bytes unread, would reset the answer away."""

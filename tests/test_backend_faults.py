@@ -656,3 +656,22 @@ def test_one_object_that_may_not_be_read_does_not_hide_its_folder(
     backend.true_mtimes("", entries)
 
     assert all(entry.mtime is not None for entry in entries)
+
+
+@pytest.mark.parametrize("ends_by", ["commit", "abort", "failed commit"])
+def test_the_bytes_of_an_upload_are_counted_from_the_first_and_given_back(
+    ends_by: str, store: Store, proxy: FaultProxy, make: MakeBackend
+) -> None:
+    backend = make(low_level_retries=1)
+    upload = backend.upload("a.bin")
+    upload.write(content(3 * MIB))
+    assert backend.tuning.memory.used >= 3 * MIB
+
+    if ends_by == "commit":
+        upload.commit()
+    elif ends_by == "failed commit":
+        proxy.fail_next(1000, status=403, code="AccessDenied")
+        with failing(errno.EACCES):
+            upload.commit()
+    upload.abort()
+    assert backend.tuning.memory.used == 0

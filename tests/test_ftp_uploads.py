@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ftplib
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 
 from ftpvfs import VFSDTPHandler
 from ftpvfs.server.dispatch import VFSPassiveDTP
+from ftpvfs.server.transfer import failure_reply
 from tests.conftest import (
     Launched,
     Store,
@@ -470,3 +472,10 @@ def test_a_callback_that_fails_does_not_end_the_session(store: Store, ftp_server
         for data in (b"one", b"two"):
             assert upload(ftp, "a", data).startswith("226 ")
             assert store.read("a") == data
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EACCES, "550"), (errno.EROFS, "550"), (errno.ENOSPC, "552"), (errno.EIO, "451")]
+)
+def test_only_what_may_work_another_time_is_answered_as_such(number: int, code: str) -> None:
+    assert failure_reply(OSError(number, "why", "a")).startswith(f"{code} why;")
