@@ -261,10 +261,17 @@ def _handler(config: Config, vfs: VFS) -> type[VFSHandler]:
         abstracted_fs = Filesystem
         authorizer = _authorizer(config)
         passive_ports = config.server.passive_port
-        masquerade_address = config.server.public_ip or None
+        masquerade_address = _public_ip(config)
 
     Filesystem.vfs = vfs
     return Handler
+
+
+def _public_ip(config: Config) -> str | None:
+    host, networks = config.server.public_ip
+    if networks or (host and not host.replace(".", "").isdigit()):
+        raise ConfigError("--public-ip: host names and networks are not available yet")
+    return host or None
 
 
 def _authorizer(config: Config) -> VFSAuthorizer:
