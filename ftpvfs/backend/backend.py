@@ -25,6 +25,7 @@ from ftpvfs.backend.errors import oserror, secrets_in, secrets_in_url, translate
 from ftpvfs.backend.retry import Retry
 from ftpvfs.errors import EUNSUPPORTED, failure
 from ftpvfs.memory import MemoryBudget
+from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
 
@@ -244,6 +245,7 @@ class Backend(ABC):
 
     def run(self, path: str, operation: Callable[[], Any]) -> Any:
         """Run a blocking request with retries and translated errors."""
+        about_to_wait(Wait.STORE)
         with self.errors(path):
             return self.retry.call(operation)
 

@@ -23,6 +23,8 @@ class Capability:
     reads_ranges: bool = True
     # True: `open_file` gives a real descriptor, which sendfile can send.
     opens_files: bool = False
+    # True: `stat`, `list` and `open_file` ask the system alone and need not be waited for.
+    answers_at_once: bool = False
 
 
 READ_ONLY = Capability(writes=False)

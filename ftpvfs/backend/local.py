@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
@@ -26,6 +28,9 @@ from ftpvfs.errors import ECHANGED, failure
 # The name of a file on its way, where the system has no O_TMPFILE. Not listed.
 TEMPORARY_PREFIX = ".ftpvfs-"
 TEMPORARY_SUFFIX = ".tmp"
+# File systems that another machine, or a program, answers for: their calls may hang.
+NETWORK = re.compile(r"nfs|cifs$|smb|9p$|afs$|ceph$|gluster|lustre$|beegfs|fuse(?!blk$|ctl$|$)")
+ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 class LocalBackend(Backend):
@@ -33,7 +38,7 @@ class LocalBackend(Backend):
 
     protocols: ClassVar[tuple[str, ...]] = ("file", "local")
     capability = Capability(
-        renames_files=True, renames_directories=True, sets_mtime=True, opens_files=True
+        renames_files=True, renames_directories=True, sets_mtime=True, opens_files=True, answers_at_once=True
     )
 
     @classmethod
@@ -51,6 +56,8 @@ class LocalBackend(Backend):
     def __init__(self, url: str, root: str, tuning: Tuning, *, sync: bool) -> None:
         super().__init__(url, root, {}, tuning)
         self.sync = sync
+        if is_on_network(root):
+            self.capability = replace(self.capability, answers_at_once=False)
 
     def locate(self, path: str) -> str:
         """Return the file's name on the disk; ELOOP where a folder on the way is a symbolic link not to be followed."""
@@ -319,6 +326,17 @@ class LocalUpload(Upload):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
             self._temporary = None
+
+
+def is_on_network(folder: str, table: str = "/proc/self/mounts") -> bool:
+    """Tell whether another machine answers for the folder, as far as the system's table of mounts says."""
+    kinds = {}
+    with contextlib.suppress(OSError), open(table, encoding="utf-8", errors="surrogateescape") as mounts:
+        for mount in mounts:
+            _, point, kind, *_ = mount.split(" ")
+            kinds[ESCAPED.sub(lambda octal: chr(int(octal[1], 8)), point)] = kind  # the last mount hides the others
+    over = [point for point in kinds if (folder + "/").startswith(point.rstrip("/") + "/")]
+    return bool(over) and NETWORK.match(kinds[max(over, key=len)]) is not None
 
 
 def _exactly(descriptor: int, start: int, stop: int, path: str) -> bytes:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from ftpvfs import paths
 from ftpvfs.backend.backend import Backend, Entry, Pieces, Tuning, Upload
 from ftpvfs.errors import failure
+from ftpvfs.waiting import Wait, about_to_wait, result_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,7 +54,8 @@ class ObjectStoreBackend(Backend):
 
     def ask(self, path: str, request: Callable[[], Awaitable[T]]) -> T:
         """Make a request and wait for its outcome."""
-        return self.spawn(path, request).result()
+        about_to_wait(Wait.STORE)
+        return result_of(self.spawn(path, request), path)
 
     async def _guarded(self, path: str, request: Callable[[], Awaitable[T]]) -> T:
         try:

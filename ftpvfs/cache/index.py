@@ -30,6 +30,7 @@ from diskcache.core import MODE_PICKLE
 
 from ftpvfs import paths
 from ftpvfs.errors import failure
+from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -332,10 +333,12 @@ class Index:
             return None
 
     def _write(self, key: str, value: Any, expire: float | None = None) -> None:
+        about_to_wait(Wait.DISK)
         data = json.dumps(value, ensure_ascii=True).encode()
         self._run(lambda: self._cache.set(_stored(key), data, expire=expire))
 
     def _delete(self, key: str) -> None:
+        about_to_wait(Wait.DISK)
         self._run(lambda: self._cache.delete(_stored(key)))
 
     def _keys(self, prefix: str) -> list[str]:
@@ -346,6 +349,7 @@ class Index:
 
     def _atomically(self, change: Callable[[], T]) -> T:
         """Make all writes of `change` visible at once. Short: no other process can write meanwhile."""
+        about_to_wait(Wait.DISK)
 
         def transaction() -> T:
             with self._cache.transact():

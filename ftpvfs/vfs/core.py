@@ -19,6 +19,7 @@ from ftpvfs.memory import MemoryBudget
 from ftpvfs.vfs.dircache import DirCache
 from ftpvfs.vfs.readahead import ChunkPolicy
 from ftpvfs.vfs.times import Times
+from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Core:
             max_age=options.dir_cache_time,
             fold_case=options.case_insensitive,
             fold_unicode=not options.no_unicode_normalization,
+            answers_at_once=self.backend.capability.answers_at_once,
             clock=clock,
         )
         self.count: Counter[str] = Counter()
@@ -109,6 +111,8 @@ class Core:
     @property
     def index(self) -> Index:
         """The records on disk; a store that knows all by itself never needs them."""
+        if self._index is None:
+            about_to_wait(Wait.DISK)
         with self._index_lock:
             if self._index is None:
                 self._index = Index(self._index_folder)
@@ -120,6 +124,7 @@ class Core:
 
         After a failure nobody knows what the store has there, so nothing cached is trusted any more.
         """
+        about_to_wait(Wait.STORE)
         with contextlib.ExitStack() as held:
             for path in dict.fromkeys(names):
                 held.enter_context(self._one_writer(path))

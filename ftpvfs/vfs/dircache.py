@@ -9,6 +9,7 @@ not know it. So nothing has to be remembered of a change once the requests that 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import threading
@@ -21,6 +22,7 @@ from ftpvfs import paths
 from ftpvfs.backend.backend import Entry
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
 from ftpvfs.errors import failure
+from ftpvfs.waiting import Job, Wait, about_to_wait, current_job, shared_result_of, working_for
 
 # Single requests for names of one folder before it is listed instead; a guess between a client that wants one file of a
 # huge folder and one that asks for the size of every file without listing.
@@ -103,6 +105,9 @@ class _Flight:
     changes: dict[str, Entry | None] = field(default_factory=dict)
     # False: good for those who wait for it, not for those who come later.
     kept: bool = True
+    # How many wait for it. When the last of them has lost interest, the request is cancelled.
+    interested: int = 0
+    job: Job = field(default_factory=Job)
 
 
 class DirCache:
@@ -119,6 +124,7 @@ class DirCache:
         max_age: float | None,
         fold_case: bool = False,
         fold_unicode: bool = True,
+        answers_at_once: bool = False,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._read = read
@@ -126,6 +132,7 @@ class DirCache:
         self._max_age = max_age
         self._fold_case = fold_case
         self._fold_unicode = fold_unicode
+        self._answers_at_once = answers_at_once
         self._clock = clock
         self._lock = threading.Lock()
         # Protected by _lock.
@@ -237,22 +244,53 @@ class DirCache:
 
     def _once(self, kind: str, path: str, request: Callable[[_Flight], Any], *, fresh: bool = False) -> Any:
         """As `once`; `fresh` waits for no request that left earlier."""
+        about_to_wait(self._need(kind))
         with self._lock:
             flight = None if fresh else self._flights.get((kind, path))
             leading = flight is None
             if flight is None:
                 flight = self._flights[kind, path] = _Flight(kind, path, next(self._number))
                 self._airborne.add(flight)
-        if not leading:
-            return flight.answer.result()
+            flight.interested += 1
+        with self._interest_in(flight):
+            if leading:
+                self._fly(flight, request)
+            return shared_result_of(flight.answer, path)
+
+    def _need(self, kind: str) -> Wait:
+        """What a request waits for. On this machine's disk only a whole folder takes long."""
+        if not self._answers_at_once:
+            return Wait.STORE
+        return Wait.NOTHING if kind == "stat" else Wait.DISK
+
+    @contextlib.contextmanager
+    def _interest_in(self, flight: _Flight) -> Iterator[None]:
+        """Whoever's job is cancelled lets go of the flight; it goes on while anybody else waits for it."""
+        job = current_job()
+        if job is None:
+            yield
+            return
+        with job.cancelling(lambda: self._lose_interest(flight)):
+            yield
+
+    def _lose_interest(self, flight: _Flight) -> None:
+        with self._lock:
+            flight.interested -= 1
+            if flight.interested:
+                return
+            if self._flights.get((flight.kind, flight.path)) is flight:
+                del self._flights[flight.kind, flight.path]
+        flight.job.cancel()
+
+    def _fly(self, flight: _Flight, request: Callable[[_Flight], Any]) -> None:
         try:
-            flight.answer.set_result(request(flight))
-        except BaseException as error:  # noqa: BLE001 - raised below, and in all who wait
+            with working_for(flight.job):
+                flight.answer.set_result(request(flight))
+        except BaseException as error:  # noqa: BLE001 - raised in all who wait
             flight.answer.set_exception(error)
         finally:
             with self._lock:
                 self._land_locked(flight)
-        return flight.answer.result()
 
     def _land_locked(self, flight: _Flight) -> None:
         """Let nobody join the flight any more; in one step with using its answer, or a change could fall between."""
@@ -387,6 +425,12 @@ class DirCache:
         with self._lock:
             entries = sum(len(folder.entries or ()) for folder in self._folders.values())
             return {"folders": len(self._folders), "entries": entries}
+
+    def waiting(self, kind: str, path: str) -> int:
+        """Return how many wait for a request about the path."""
+        with self._lock:
+            flight = self._flights.get((kind, path))
+            return 0 if flight is None else flight.interested
 
     # --- with the lock held
 

@@ -28,6 +28,7 @@ from ftpvfs.vfs.handle import FileHandle, Handle, ReadHandle, WriteHandle
 from ftpvfs.vfs.openmode import CacheMode, HandleKind, flags_of, handle_kind, writes
 from ftpvfs.vfs.readahead import ReadAhead
 from ftpvfs.vfs.tree import move_tree
+from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class VFS:
         process = self._process()
         core = process.core
         if core is None:
+            about_to_wait(Wait.DISK)  # a store's library may take seconds to import
             with process.lock:
                 core = process.core
                 if core is None:
