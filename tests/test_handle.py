@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 
 from ftpvfs.backend.backend import Entry, Pieces
+from ftpvfs.backend.chunks import ChunkPolicy
 from ftpvfs.errors import ECHANGED, failure
 from ftpvfs.memory import MemoryBudget
 from ftpvfs.vfs.handle import Handle, ReadHandle, WriteHandle
-from ftpvfs.vfs.readahead import ChunkPolicy, ReadAhead
+from ftpvfs.vfs.readahead import ReadAhead
 from tests.conftest import Store
 
 LINES = b"".join(b"line %d\n" % number for number in range(5000))

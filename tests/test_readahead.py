@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftpvfs.backend.backend import Pieces
+from ftpvfs.backend.chunks import AUTO_STREAMS, FAST_STREAMS, FIRST_CHUNK, LEAST_CHUNK, ChunkPolicy
 from ftpvfs.clock import Clock
 from ftpvfs.memory import MemoryBudget
-from ftpvfs.vfs.readahead import AUTO_STREAMS, FAST_STREAMS, FIRST_CHUNK, LEAST_CHUNK, ChunkPolicy, ReadAhead
+from ftpvfs.vfs.readahead import ReadAhead
 
 KIB, MIB = 2**10, 2**20
 PATTERN = bytes(range(251)) * 263  # no power of two, so that shifted bytes show

@@ -12,12 +12,12 @@ from typing import Any
 
 from ftpvfs import paths
 from ftpvfs.backend.backend import Backend, Entry, Tuning, open_backend, protocol_of
+from ftpvfs.backend.chunks import ChunkPolicy
 from ftpvfs.cache.index import Index, cache_name
 from ftpvfs.clock import Clock
 from ftpvfs.config import VFSOptions
 from ftpvfs.memory import MemoryBudget
 from ftpvfs.vfs.dircache import DirCache
-from ftpvfs.vfs.readahead import ChunkPolicy
 from ftpvfs.vfs.times import Times
 from ftpvfs.waiting import Wait, about_to_wait
 
