@@ -1,0 +1,151 @@
+"""Locks between processes: one writer of a path, one holder of a role.
+
+All are flocks: what holds one is a process, not a record of it that must be cleared away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+from ftpvfs.coordination.lockfile import LockFile
+from ftpvfs.paths import encoded
+
+
+class ThreadLocks:
+    """One holder of each path among the threads of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # path -> (its lock, how many hold it or wait for it). Protected by _lock.
+        self._paths: dict[str, tuple[threading.Lock, int]] = {}
+
+    @contextlib.contextmanager
+    def hold(self, *paths: str) -> Iterator[None]:
+        """Hold all of the paths; wait for each that somebody else holds. Not to be nested."""
+        with contextlib.ExitStack() as held:
+            for path in sorted(set(paths)):
+                held.enter_context(self._one(path))
+            yield
+
+    @contextlib.contextmanager
+    def _one(self, path: str) -> Iterator[None]:
+        with self._lock:
+            lock, users = self._paths.get(path, (threading.Lock(), 0))
+            self._paths[path] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                lock, users = self._paths[path]
+                if users == 1:
+                    del self._paths[path]
+                else:
+                    self._paths[path] = (lock, users - 1)
+
+
+class PathLocks:
+    """One holder of each path among all threads of all processes that share a folder. Any thread.
+
+    A lock is a file named by the path's digest, made when it is wanted and removed by its holder. Files that killed
+    holders have left are removed when locks are opened on the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "locks"
+        self._threads = ThreadLocks()
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._sweep()
+
+    @contextlib.contextmanager
+    def hold(self, *paths: str) -> Iterator[None]:
+        """Hold all of the paths; wait for each that somebody else holds. Not to be nested."""
+        with self._threads.hold(*paths), contextlib.ExitStack() as held:
+            for file in sorted(self._file(path) for path in set(paths)):
+                held.callback(_remove, self._acquire(file))
+            yield
+
+    def _file(self, path: str) -> str:
+        return str(self._folder / blake2b(encoded(path), digest_size=16).hexdigest())
+
+    def _acquire(self, path: str) -> LockFile:
+        """Lock the file; when its former holder has removed it meanwhile, the one that stands there now."""
+        while True:
+            try:
+                file = LockFile(path)
+            except FileNotFoundError:  # somebody has emptied the cache folder
+                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                continue
+            try:
+                file.lock()
+                if file.is_in_place():
+                    return file
+            except BaseException:
+                file.close()
+                raise
+            file.close()
+
+    def _sweep(self) -> None:
+        for name in os.listdir(self._folder):
+            with contextlib.suppress(OSError), contextlib.closing(LockFile(str(self._folder / name))) as file:
+                if file.try_lock():
+                    _unlink(file)
+
+
+def _remove(file: LockFile) -> None:
+    """Remove the file, then unlock: who waits for it finds that it is gone and makes a new one."""
+    try:
+        _unlink(file)
+    finally:
+        file.close()
+
+
+def _unlink(file: LockFile) -> None:
+    if not file.is_closed and file.is_in_place():
+        os.unlink(file.path)
+
+
+class Leader:
+    """A role of which there is at most one holder among all processes that share a folder. Any thread."""
+
+    def __init__(self, folder: Path, role: str) -> None:
+        self._path = str(folder / f"{role}.leader")
+        self._lock = threading.Lock()
+        # Protected by _lock. None: not held.
+        self._held: LockFile | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object holds the role; in a child that was forked meanwhile it does not."""
+        held = self._held
+        return held is not None and not held.is_closed
+
+    def try_acquire(self) -> bool:
+        """Take the role where nobody holds it, without waiting; return whether it is held now, by this object."""
+        with self._lock:
+            if self.is_held and self._held is not None and self._held.is_in_place():
+                return True
+            self._give_up_locked()  # where somebody has emptied the folder it is anybody's again
+            file = LockFile(self._path)
+            try:
+                if file.try_lock():
+                    self._held = file
+            finally:
+                if self._held is not file:
+                    file.close()
+            return self._held is file
+
+    def release(self) -> None:
+        """Give the role up; nothing happens where it is not held."""
+        with self._lock:
+            self._give_up_locked()
+
+    def _give_up_locked(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None

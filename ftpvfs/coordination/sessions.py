@@ -1,0 +1,203 @@
+"""Who is connected, over all workers of a server: exact counts, in all and for each address."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import ipaddress
+import mmap
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+
+# Addresses that may be connected at once; beyond them everybody is refused.
+ADDRESSES = 65536
+KEY = 16
+COUNT = 4
+# IPv6 gives every customer so many bits, and with them as many addresses as he likes.
+IPV6_PREFIX = 64
+
+
+class Admission(enum.Enum):
+    """What became of a connection."""
+
+    ADMITTED = enum.auto()
+    FULL = enum.auto()
+    TOO_MANY_FROM_ADDRESS = enum.auto()
+
+
+def network_of(ip: str) -> bytes:
+    """Return whom limits take an address for: an IPv4 address, or the IPv6 network that one customer has.
+
+    >>> network_of("::ffff:192.0.2.1") == network_of("192.0.2.1")
+    True
+    >>> network_of("2001:db8::1") == network_of("2001:db8::2:3%eth0")
+    True
+    """
+    address = ipaddress.ip_address(ip.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.is_link_local:
+            return b"l" + address.packed[-(KEY - 1) :]
+        if address.ipv4_mapped is None:
+            host_bits = 128 - IPV6_PREFIX
+            return b"6" + (int(address) >> host_bits << host_bits).to_bytes(16, "big")[: KEY - 1]
+        address = address.ipv4_mapped
+    return b"4" + address.packed.ljust(KEY - 1, b"\0")
+
+
+class SessionTable:
+    """Counts of connections that processes share. Made before they are forked; any thread.
+
+    Each process has a slot, so that what a dead one had counted can be given up. The lock is a POSIX one, which
+    children do not share and which a dead process does not hold.
+    """
+
+    def __init__(self, slots: int = 1, addresses: int = ADDRESSES) -> None:
+        self._slots = slots
+        self._slot = 0
+        self._thread = threading.Lock()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._row = KEY + COUNT * slots
+        self._rows = 2 * COUNT * slots + COUNT  # behind the totals, the states, and the number of rows in use
+        self._size = self._rows + addresses * self._row
+        os.ftruncate(self._file.fileno(), self._size)
+        self._map = mmap.mmap(self._file.fileno(), self._size)
+        self._addresses = addresses
+
+    @property
+    def slots(self) -> int:
+        """How many processes may take part."""
+        return self._slots
+
+    def work_as(self, slot: int) -> None:
+        """Be the process of this slot, in a child: nothing is counted in it yet."""
+        self._slot = slot
+        self._thread = threading.Lock()
+        self.give_up(slot)
+
+    def admit(self, ip: str, most: int = 0, most_per_ip: int = 0) -> Admission:
+        """Count a connection, unless there are `most` in all or `most_per_ip` of its address already; 0: no limit."""
+        key = network_of(ip)
+        with self._locked():
+            if most and self._total() >= most:
+                return Admission.FULL
+            row = self._find(key)
+            if most_per_ip and row is not None and self._sum(row) >= most_per_ip:
+                return Admission.TOO_MANY_FROM_ADDRESS
+            if row is None:
+                if self._used() == self._addresses:
+                    return Admission.FULL
+                row = self._append(key)
+            self._add(row + KEY + COUNT * self._slot, 1)
+            self._add(COUNT * self._slot, 1)
+        return Admission.ADMITTED
+
+    def leave(self, ip: str) -> None:
+        """Count one connection less, which was admitted in this process."""
+        with self._locked():
+            row = self._find(network_of(ip))
+            if row is None or not self._get(row + KEY + COUNT * self._slot):
+                return
+            self._add(row + KEY + COUNT * self._slot, -1)
+            self._add(COUNT * self._slot, -1)
+            if not self._sum(row):
+                self._remove(row)
+
+    def give_up(self, slot: int) -> None:
+        """Forget what the process of a slot had counted: it is dead, or begins."""
+        with self._locked():
+            self._set(COUNT * slot, 0)
+            self._set(COUNT * (self._slots + slot), 0)
+            for number in range(self._used()):
+                self._set(self._row_at(number) + KEY + COUNT * slot, 0)
+            for number in range(self._used() - 1, -1, -1):
+                row = self._row_at(number)
+                # Twice: a process was killed while it moved the row to the front; that one is the true one.
+                if not self._sum(row) or self._find(self._map[row : row + KEY]) != row:
+                    self._remove(row)
+
+    def set_accepting(self, is_accepting: bool) -> None:
+        """Tell the others whether this process takes connections."""
+        self._set(COUNT * (self._slots + self._slot), int(is_accepting))
+
+    def total(self) -> int:
+        """Return how many are connected."""
+        return self._total()
+
+    def connected(self, ip: str) -> int:
+        """Return how many are connected from the address."""
+        with self._locked():
+            row = self._find(network_of(ip))
+            return 0 if row is None else self._sum(row)
+
+    def lead(self) -> int:
+        """Return by how many connections this process is ahead of the one that has the fewest and accepts, too.
+
+        No lock is taken: the loop asks before each connection.
+        """
+        words = memoryview(self._map)[: 2 * COUNT * self._slots].cast("I")
+        counts, states = words[: self._slots], words[self._slots :]
+        others = [count for count, accepts in zip(counts, states, strict=True) if accepts]
+        return counts[self._slot] - min(others, default=counts[self._slot])
+
+    def close(self) -> None:
+        """Release the table in this process."""
+        self._map.close()
+        self._file.close()
+
+    # --- in the map
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._thread:
+            fcntl.lockf(self._file, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def _find(self, key: bytes) -> int | None:
+        """Return where the row of a key is; None where there is none. The rows in use stand in front."""
+        stop = self._rows + self._used() * self._row
+        at = self._map.find(key, self._rows, stop)
+        while at >= 0 and (at - self._rows) % self._row:
+            at = self._map.find(key, at + 1, stop)
+        return None if at < 0 else at
+
+    def _append(self, key: bytes) -> int:
+        used = self._used()
+        row = self._row_at(used)
+        self._map[row : row + self._row] = key.ljust(self._row, b"\0")
+        self._set(2 * COUNT * self._slots, used + 1)
+        return row
+
+    def _remove(self, row: int) -> None:
+        """Let the last row take the place of this one."""
+        used = self._used()
+        last = self._row_at(used - 1)
+        self._map[row : row + self._row] = self._map[last : last + self._row]
+        self._set(2 * COUNT * self._slots, used - 1)
+
+    def _row_at(self, number: int) -> int:
+        return self._rows + number * self._row
+
+    def _used(self) -> int:
+        return self._get(2 * COUNT * self._slots)
+
+    def _total(self) -> int:
+        return sum(self._get(COUNT * slot) for slot in range(self._slots))
+
+    def _sum(self, row: int) -> int:
+        return sum(self._get(row + KEY + COUNT * slot) for slot in range(self._slots))
+
+    def _get(self, at: int) -> int:
+        return int.from_bytes(self._map[at : at + COUNT], sys.byteorder)
+
+    def _set(self, at: int, number: int) -> None:
+        self._map[at : at + COUNT] = number.to_bytes(COUNT, sys.byteorder)
+
+    def _add(self, at: int, number: int) -> None:
+        self._set(at, self._get(at) + number)
