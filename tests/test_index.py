@@ -183,7 +183,7 @@ def test_a_record_that_is_no_json_is_dropped_loudly(
 
 
 def test_nothing_but_text_and_bytes_is_written(folder: Path) -> None:
-    from ftpvfs.cache.index import RecordDisk
+    from ftpvfs.cache.database import RecordDisk
 
     with diskcache.Cache(str(folder), disk=RecordDisk) as cache:
         with pytest.raises(TypeError):
@@ -362,7 +362,7 @@ def test_threads_lose_nothing_of_each_other(folder: Path, index: Index) -> None:
 def test_a_database_that_is_locked_is_ebusy_and_no_wait_for_ever(
     folder: Path, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ftpvfs.cache.index.LOCK_TIMEOUT", 0.05)
+    monkeypatch.setattr("ftpvfs.cache.database.LOCK_TIMEOUT", 0.05)
     impatient = Index(folder)
     with sqlite3.connect(folder / "cache.db") as other:
         other.execute("BEGIN IMMEDIATE")

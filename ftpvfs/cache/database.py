@@ -1,0 +1,347 @@
+"""A database of small records on diskcache, one SQLite file that processes share, and what happens when it is damaged.
+
+Records are bytes. diskcache would pickle what it does not know and unpickle what it finds, so whoever can write to the
+file could run code (CVE-2025-69872); the `Disk` used here refuses both. Nothing here is ever evicted.
+
+A damaged database is moved aside, with an error in the log, and a new one is begun; a damaged record is dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import diskcache
+from diskcache.core import MODE_PICKLE
+
+from ftpvfs import paths
+from ftpvfs.errors import failure
+from ftpvfs.waiting import Wait, about_to_wait
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Longer than any transaction of ours under load; after it a caller hears EBUSY instead of waiting for ever.
+LOCK_TIMEOUT = 60.0
+# diskcache would keep larger values in files beside the database, which no transaction covers.
+ALWAYS_IN_DATABASE = 2**31
+DATABASE = "cache.db"
+# Seconds that a fork waits for a thread inside SQLite: longer than a transaction, shorter than anybody's patience.
+FORK_PATIENCE = 5.0
+# SQLite's words for when a commit is on the disk: FULL, when it returns; NORMAL, at the next checkpoint.
+FULL, NORMAL = 2, 1
+
+
+class _ForkGate:
+    """Lets no fork happen while a thread is inside SQLite.
+
+    SQLite has locks of its own for the whole process. A child that is forked while another thread holds one would wait
+    for it for ever, in its own first use of the index. Made at import because it must know every index of the process.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, in a child."""
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._is_forking = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_forking)
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Wait until nobody is inside; a fork is late rather than never where somebody waits for another process."""
+        with self._changed:
+            self._is_forking = True
+            self._changed.wait_for(lambda: not self._inside, timeout=FORK_PATIENCE)
+
+    def open(self) -> None:
+        """Let everybody in again, in the parent."""
+        with self._changed:
+            self._is_forking = False
+            self._changed.notify_all()
+
+
+_gate = _ForkGate()
+os.register_at_fork(before=_gate.close, after_in_parent=_gate.open, after_in_child=_gate.reset)
+
+
+class ForeignRecord(Exception):
+    """Something that we did not write stands in the database."""
+
+
+class RecordDisk(diskcache.Disk):
+    """Keys are text, values bytes; whatever else is written or found is refused."""
+
+    def put(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            raise TypeError(f"{key!r} is no text")
+        return super().put(key)
+
+    def get(self, key: Any, raw: bool) -> Any:
+        if not raw:
+            raise ForeignRecord("a pickled key")
+        return super().get(key, raw)
+
+    def store(self, value: Any, read: bool, key: Any = diskcache.UNKNOWN) -> Any:
+        if not isinstance(value, bytes) or read:
+            raise TypeError("the index holds bytes alone")
+        return super().store(value, read, key)
+
+    def fetch(self, mode: int, filename: str, value: Any, read: bool) -> Any:
+        if mode == MODE_PICKLE:
+            raise ForeignRecord("a pickled value")
+        return super().fetch(mode, filename, value, read)
+
+
+class Database:
+    """The records of one folder. Any thread, any process; made after a fork.
+
+    What a method has written is there for all processes when it returns; where `durable`, it is on the disk, too, and
+    survives a power cut.
+    """
+
+    # For the log: what this is, and what it means to lose it.
+    what: ClassVar[str] = "database"
+    loss: ClassVar[str] = "what was in it is lost"
+    # The check of the file as it is opened; the thorough one compares SQLite's own indexes with the table, too.
+    check: ClassVar[str] = "quick_check"
+
+    def __init__(self, folder: Path, *, durable: bool = True) -> None:
+        self._folder = folder
+        self._durable = durable
+        self._database = folder / DATABASE
+        self._lock = threading.Lock()
+        # Held by who writes: waiting here is fairer and shorter than SQLite's own sleep and try again.
+        self._turn = threading.RLock()
+        self._thread = threading.local()
+        try:
+            with _gate:
+                self._cache, self._inode = self._open()
+        except OSError as error:
+            reason = f"The cache folder cannot be used: {error.strerror}"
+            raise failure(error.errno or errno.EIO, str(folder), reason) from error
+
+    def _open(self) -> tuple[Any, int]:
+        """Return the database and its file's number, by which a new one in its place is noticed."""
+        _make_private(self._folder)
+        with _exclusive(self._folder), _errors():
+            damage = self._damage()
+            if damage is not None:
+                self._set_aside(damage)
+            is_new = not self._database.exists()
+            cache = self._connect()
+            if is_new:
+                with cache.transact():
+                    for key, value in self._refill().items():
+                        cache.set(_stored(key), value)
+            return cache, self._database.stat().st_ino
+
+    def _refill(self) -> Mapping[str, bytes]:
+        """Return what a new database begins with: what can be had again from elsewhere. No other process is in."""
+        return {}
+
+    def _damage(self) -> str | None:
+        """Return what is wrong with the database file; None where it is sound, or not there."""
+        if not self._database.exists():
+            return None
+        connection = sqlite3.connect(self._database, timeout=LOCK_TIMEOUT)
+        try:
+            found = str(connection.execute(f"PRAGMA {self.check}(1)").fetchone()[0])
+            return None if found == "ok" else found
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise
+            return str(error)
+        finally:
+            connection.close()
+
+    def _connect(self) -> Any:
+        cache = diskcache.Cache(
+            str(self._folder),
+            disk=RecordDisk,
+            disk_min_file_size=ALWAYS_IN_DATABASE,
+            timeout=LOCK_TIMEOUT,
+            eviction_policy="none",
+            cull_limit=0,
+            sqlite_synchronous=FULL if self._durable else NORMAL,
+            sqlite_mmap_size=0,  # a mapped file that somebody cuts short would end the process
+        )
+        cache.expire()
+        return cache
+
+    def _set_aside(self, damage: str) -> None:
+        """Move the damaged database out of the way; nothing is deleted."""
+        now = datetime.now(timezone.utc)
+        aside = self._folder / f"damaged-{now:%Y%m%d-%H%M%S-%f}"
+        aside.mkdir(mode=0o700)
+        for file in self._folder.glob(DATABASE + "*"):
+            file.rename(aside / file.name)
+        logger.error(
+            "The %s in %s is damaged (%s). It is in %s now and a new one is begun: %s",
+            self.what, self._folder, damage, aside, self.loss,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Release the database."""
+        with _gate:
+            self._cache.close()
+
+    # --- records
+
+    def _read(self, key: str) -> Any:
+        try:
+            value = self._run(lambda: self._cache.get(_stored(key)))
+            return None if value is None else json.loads(value)
+        except (ForeignRecord, ValueError) as error:
+            logger.error("The record %r of the index in %s is dropped: %s", key, self._folder, error)  # noqa: TRY400
+            self._delete(key)
+            return None
+
+    def _write(self, key: str, value: Any, expire: float | None = None) -> None:
+        self._put(key, json.dumps(value, ensure_ascii=True).encode(), expire)
+
+    def _get(self, key: str) -> bytes | None:
+        """Return the bytes of a record; None where there is none, ForeignRecord where somebody else has put it."""
+        value = self._run(lambda: self._cache.get(_stored(key)))
+        if value is None or isinstance(value, bytes):
+            return value
+        raise ForeignRecord("text or a number")
+
+    def _put(self, key: str, data: bytes, expire: float | None = None) -> None:
+        about_to_wait(Wait.DISK)
+        with self._turn:
+            self._run(lambda: self._cache.set(_stored(key), data, expire=expire))
+
+    def _delete(self, key: str) -> None:
+        about_to_wait(Wait.DISK)
+        with self._turn:
+            self._run(lambda: self._cache.delete(_stored(key)))
+
+    def _keys(self, prefix: str) -> list[str]:
+        try:
+            return self._run(lambda: [_original(key) for key in self._cache if key.startswith(prefix)])
+        except ForeignRecord as error:
+            raise OSError(errno.EIO, f"The index in {self._folder} has {error} in it") from error
+
+    def _atomically(self, change: Callable[[], T]) -> T:
+        """Make all writes of `change` visible at once. Short: no other process can write meanwhile."""
+        about_to_wait(Wait.DISK)
+
+        def transaction() -> T:
+            with self._cache.transact():
+                return change()
+
+        with self._turn:
+            return self._run(transaction)
+
+    def _run(self, operation: Callable[[], T]) -> T:
+        """Run an operation on the database; once more, on a new one, where it turns out to be damaged."""
+        if getattr(self._thread, "is_running", False):
+            return operation()  # the outermost sees to it
+        self._thread.is_running = True
+        try:
+            with _gate, _errors():
+                self._reopen_if_replaced()
+                cache = self._cache
+                try:
+                    self._be_durable(cache)
+                    return operation()
+                except sqlite3.DatabaseError as error:
+                    if not _is_damage(error):
+                        raise
+                    self._reopen(cache)
+                self._be_durable(self._cache)
+                return operation()
+        finally:
+            self._thread.is_running = False
+
+    def _be_durable(self, cache: Any) -> None:
+        """Make this thread's connection as durable as it is to be.
+
+        diskcache keeps SQLite's settings in the database, where another process may have put its own.
+        """
+        if getattr(self._thread, "connected_to", None) is not cache:
+            cache.reset("sqlite_synchronous", FULL if self._durable else NORMAL, update=False)
+            self._thread.connected_to = cache
+
+    def _reopen_if_replaced(self) -> None:
+        """Follow another process that has set a damaged database aside, or a user who has emptied the cache folder."""
+        cache = self._cache
+        try:
+            if os.stat(self._database).st_ino == self._inode:
+                return
+        except FileNotFoundError:
+            pass
+        self._reopen(cache)
+
+    def _reopen(self, old: Any) -> None:
+        with self._lock:
+            if self._cache is old:  # else another thread has done so
+                old.close()
+                self._cache, self._inode = self._open()
+
+
+def _make_private(folder: Path) -> None:
+    """Make the folder; nobody else may look into it, nor put there what we would believe."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if os.geteuid() not in (0, status.st_uid):
+        raise PermissionError(errno.EPERM, "it belongs to another user")
+    if status.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Be the only one, of all processes, who opens or replaces the database."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    """Tell damage from a full disk, a lock and the like, for which sqlite3 has classes of their own."""
+    return type(error) is sqlite3.DatabaseError
+
+
+def _stored(key: str) -> str:
+    """Return the key as SQLite can have it: it refuses the names that are no UTF-8, which a client may send."""
+    return paths.encoded(key).decode("latin-1")
+
+
+def _original(stored: str) -> str:
+    return stored.encode("latin-1").decode("utf-8", "surrogateescape")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """SQLite's and diskcache's failures as OSErrors."""
+    try:
+        yield
+    except diskcache.Timeout as error:
+        raise OSError(errno.EBUSY, "The index is locked by another process") from error
+    except sqlite3.Error as error:
+        raise OSError(errno.EIO, f"The index cannot be used: {error}") from error
