@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.processes import child
 from tests.servers import (
     HOST,
     FakeGCS,
@@ -42,6 +43,7 @@ from tests.servers import (
 
 __all__ = [
     "Store",
+    "child",
     "connect",
     "download",
     "free_ports",
@@ -133,10 +135,10 @@ def belongings() -> dict[object, str]:
     for thread in threading.enumerate():
         if not thread.name.startswith(LASTING_THREADS):
             found["thread", thread.ident] = f"thread {thread.name}"
-    for child in psutil.Process().children():
+    for process in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
-            if child.pid not in server_pids:
-                found["process", child.pid] = f"process {' '.join(child.cmdline())[:200]} ({child.status()})"
+            if process.pid not in server_pids:
+                found["process", process.pid] = f"process {' '.join(process.cmdline())[:200]} ({process.status()})"
     found.update(_descriptors())
     return found
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import threading
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ftpvfs.backend.backend import Entry
-from ftpvfs.backend.local import is_on_network
 from ftpvfs.vfs.dircache import DirCache
 from ftpvfs.waiting import (
     Job,
@@ -171,14 +169,3 @@ def test_a_local_file_is_looked_up_and_opened_without_waiting(make_store: StoreF
         with pytest.raises(WouldWait) as caught:
             vfs.listdir()
         assert caught.value.need is Wait.DISK
-
-
-@pytest.mark.parametrize(
-    ("folder", "expected"),
-    [("/srv/here", False), ("/srv/nas", True), ("/srv/nas/a", True), ("/srv/nas2", False), ("/mnt/a b/c", True)],
-)
-def test_a_folder_on_another_machine_is_known_by_its_mount(tmp_path: Path, folder: str, expected: bool) -> None:
-    table = tmp_path / "mounts"
-    table.write_text("/dev/vda / ext4 rw 0 0\nnas:/x /srv/nas nfs4 rw 0 0\ns3 /mnt/a\\040b fuse.sshfs rw 0 0\n")
-    assert is_on_network(folder, str(table)) is expected
-    assert not is_on_network(folder, str(tmp_path / "missing"))

@@ -25,6 +25,8 @@ class Capability:
     opens_files: bool = False
     # True: `stat`, `list` and `open_file` ask the system alone and need not be waited for.
     answers_at_once: bool = False
+    # False: each process has one of its own under the same URL.
+    is_shared: bool = True
 
 
 READ_ONLY = Capability(writes=False)
@@ -32,7 +34,7 @@ READ_ONLY = Capability(writes=False)
 # What fsspec's generic filesystems can do beyond reading; a protocol that is not here is taken for an object store
 # that replaces whole objects. http(s), zip and the like only read.
 GENERIC: dict[str, Capability] = {
-    "memory": Capability(copies=True),
+    "memory": Capability(copies=True, is_shared=False),
     "sftp": Capability(renames_files=True, renames_directories=True, sets_mtime=False),
     "ssh": Capability(renames_files=True, renames_directories=True, sets_mtime=False),
     "smb": Capability(renames_files=True, renames_directories=True),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -23,14 +22,12 @@ from fsspec.implementations.local import LocalFileSystem
 from ftpvfs import paths
 from ftpvfs.backend.backend import Backend, Entry, OpenFile, Pieces, Tuning, Upload, Usage
 from ftpvfs.backend.capability import Capability
+from ftpvfs.coordination.folders import may_hang
 from ftpvfs.errors import ECHANGED, failure
 
 # The name of a file on its way, where the system has no O_TMPFILE. Not listed.
 TEMPORARY_PREFIX = ".ftpvfs-"
 TEMPORARY_SUFFIX = ".tmp"
-# File systems that another machine, or a program, answers for: their calls may hang.
-NETWORK = re.compile(r"nfs|cifs$|smb|9p$|afs$|ceph$|gluster|lustre$|beegfs|fuse(?!blk$|ctl$|$)")
-ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 class LocalBackend(Backend):
@@ -56,7 +53,7 @@ class LocalBackend(Backend):
     def __init__(self, url: str, root: str, tuning: Tuning, *, sync: bool) -> None:
         super().__init__(url, root, {}, tuning)
         self.sync = sync
-        if is_on_network(root):
+        if may_hang(root):
             self.capability = replace(self.capability, answers_at_once=False)
 
     def locate(self, path: str) -> str:
@@ -326,17 +323,6 @@ class LocalUpload(Upload):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
             self._temporary = None
-
-
-def is_on_network(folder: str, table: str = "/proc/self/mounts") -> bool:
-    """Tell whether another machine answers for the folder, as far as the system's table of mounts says."""
-    kinds = {}
-    with contextlib.suppress(OSError), open(table, encoding="utf-8", errors="surrogateescape") as mounts:
-        for mount in mounts:
-            _, point, kind, *_ = mount.split(" ")
-            kinds[ESCAPED.sub(lambda octal: chr(int(octal[1], 8)), point)] = kind  # the last mount hides the others
-    over = [point for point in kinds if (folder + "/").startswith(point.rstrip("/") + "/")]
-    return bool(over) and NETWORK.match(kinds[max(over, key=len)]) is not None
 
 
 def _exactly(descriptor: int, start: int, stop: int, path: str) -> bytes:

@@ -25,7 +25,7 @@ import diskcache
 from diskcache.core import MODE_PICKLE
 
 from ftpvfs import paths
-from ftpvfs.errors import failure
+from ftpvfs.coordination.folders import private_folder, unusable
 from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
@@ -138,12 +138,11 @@ class Database:
             with _gate:
                 self._cache, self._inode = self._open()
         except OSError as error:
-            reason = f"The cache folder cannot be used: {error.strerror}"
-            raise failure(error.errno or errno.EIO, str(folder), reason) from error
+            raise unusable(folder, error) from error
 
     def _open(self) -> tuple[Any, int]:
         """Return the database and its file's number, by which a new one in its place is noticed."""
-        _make_private(self._folder)
+        private_folder(self._folder)
         with _exclusive(self._folder), _errors():
             damage = self._damage()
             if damage is not None:
@@ -299,16 +298,6 @@ class Database:
             if self._cache is old:  # else another thread has done so
                 old.close()
                 self._cache, self._inode = self._open()
-
-
-def _make_private(folder: Path) -> None:
-    """Make the folder; nobody else may look into it, nor put there what we would believe."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = folder.stat()
-    if os.geteuid() not in (0, status.st_uid):
-        raise PermissionError(errno.EPERM, "it belongs to another user")
-    if status.st_mode & 0o077:
-        folder.chmod(0o700)
 
 
 @contextmanager

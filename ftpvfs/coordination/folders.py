@@ -25,7 +25,6 @@ NETWORK_FUSE = {
     "mfs", "moosefs", "lizardfs", "httpfs", "httpdirfs", "nfs", "smbnetfs", "hdfs", "fuse_dfs", "alluxio-fuse",
     "geesefs", "riofs", "gvfsd-fuse", "kio-fuse", "portal", "dislocker-network", "objectivefs", "cvmfs2", "xtreemfs",
 }  # fmt: skip
-# statfs's numbers, where there is no list of mounts to read (macOS names them instead; it has its own).
 OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -34,20 +33,20 @@ def private_folder(folder: Path) -> None:
 
     Nobody else may look into it, nor put there what we would believe.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.stat()
-        if os.geteuid() not in (0, status.st_uid):
-            raise PermissionError(errno.EPERM, "it belongs to another user")
-        if status.st_mode & 0o077:
-            folder.chmod(0o700)
-    except OSError as error:
-        reason = f"The cache folder cannot be used: {error.strerror}"
-        raise failure(error.errno or errno.EIO, str(folder), reason) from error
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if os.geteuid() not in (0, status.st_uid):
+        raise PermissionError(errno.EPERM, "it belongs to another user")
+    if status.st_mode & 0o077:
+        folder.chmod(0o700)
     kind = network_filesystem(folder)
     if kind is not None:
-        reason = f"The cache folder must be on a disk of this machine, and this is a network file system ({kind})"
-        raise failure(errno.EOPNOTSUPP, str(folder), reason)
+        raise OSError(errno.EOPNOTSUPP, f"it is on a network file system ({kind}), where locks do not hold")
+
+
+def unusable(folder: Path, error: OSError) -> OSError:
+    """Return what to raise for a folder that cannot be used."""
+    return failure(error.errno or errno.EIO, str(folder), f"The cache folder cannot be used: {error.strerror or error}")
 
 
 def is_network_filesystem(path: str | Path) -> bool:
@@ -64,6 +63,12 @@ def network_filesystem(path: str | Path) -> str | None:
     if fuse in {"fuse", "fuseblk"} and program:
         return kind if program.lower() in NETWORK_FUSE else None
     return kind if kind.lower() in NETWORK else None
+
+
+def may_hang(path: str | Path) -> bool:
+    """Tell whether another machine, or a program of this one, answers for what is at the path."""
+    kind = filesystem_type(path)
+    return kind is not None and (kind.startswith("fuse.") or kind.lower() in NETWORK)
 
 
 def filesystem_type(path: str | Path) -> str | None:

@@ -16,6 +16,9 @@ from ftpvfs.backend.chunks import ChunkPolicy
 from ftpvfs.cache.index import Index, cache_name
 from ftpvfs.clock import Clock
 from ftpvfs.config import VFSOptions
+from ftpvfs.coordination.feed import ChangeFeed
+from ftpvfs.coordination.folders import private_folder, unusable
+from ftpvfs.coordination.locks import PathLocks, ThreadLocks
 from ftpvfs.memory import MemoryBudget
 from ftpvfs.vfs.dircache import DirCache
 from ftpvfs.vfs.times import Times
@@ -39,6 +42,8 @@ class Core:
             limit=options.read_chunk_size_limit,
             streams=options.read_chunk_streams,
         )
+        self._folder = Path(options.cache_dir) / (options.name or cache_name([protocol_of(url), self.backend.root]))
+        self._meet_others()
         self.dirs = DirCache(
             self._list,
             self._stat,
@@ -47,6 +52,7 @@ class Core:
             fold_unicode=not options.no_unicode_normalization,
             answers_at_once=self.backend.capability.answers_at_once,
             clock=clock,
+            feed=self.feed,
         )
         self.count: Counter[str] = Counter()
         self.marks_folders = self.backend.capability.real_directories or options.dir_markers
@@ -54,12 +60,8 @@ class Core:
         shown = not (options.no_modtime or options.use_server_modtime)
         self.times = Times(self.backend, lambda: self.index, shown=shown)
         self._clock = clock
-        name = options.name or cache_name([protocol_of(url), self.backend.root])
-        self._index_folder = Path(options.cache_dir) / name
-        self._lock = threading.Lock()
         self._index_lock = threading.Lock()
         self._index: Index | None = None
-        self._writers: dict[str, tuple[threading.Lock, int]] = {}
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
         if options.poll_interval:
@@ -79,6 +81,22 @@ class Core:
         )
         return open_backend(url, storage_options, tuning)
 
+    def _meet_others(self) -> None:
+        """Find the processes that have the same store open: a feed of changes, and locks of paths."""
+        self.feed: ChangeFeed | None = None
+        # Why this process cannot tell others of its changes; None where it can, or where nobody else sees the store.
+        self.alone: OSError | None = None
+        self._locks: ThreadLocks | PathLocks = ThreadLocks()
+        if not self.backend.capability.is_shared:
+            return
+        try:
+            private_folder(self._folder)
+            self._locks = PathLocks(self._folder)
+            self.feed = ChangeFeed(self._folder)
+        except OSError as error:
+            self.alone = unusable(self._folder, error)
+            logger.info("What other processes change is seen late: %s", self.alone)
+
     @property
     def is_open(self) -> bool:
         """Whether `close` has not been called."""
@@ -94,6 +112,8 @@ class Core:
         with self._index_lock:
             if self._index is not None:
                 self._index.close()
+        if self.feed is not None:
+            self.feed.close()
 
     def background(self, name: str, work: Callable[[], None]) -> None:
         """Run `work` in a thread that ends by itself soon after `close`."""
@@ -115,41 +135,23 @@ class Core:
             about_to_wait(Wait.DISK)
         with self._index_lock:
             if self._index is None:
-                self._index = Index(self._index_folder)
+                self._index = Index(self._folder)
             return self._index
 
     @contextlib.contextmanager
     def writer(self, *names: str) -> Iterator[None]:
-        """Be the one writer of each path, in this process: a commit, a delete and a rename of one object take turns.
+        """Be the one writer of each path, in all processes: a commit, a delete and a rename of one object take turns.
 
         After a failure nobody knows what the store has there, so nothing cached is trusted any more.
         """
         about_to_wait(Wait.STORE)
-        with contextlib.ExitStack() as held:
-            for path in dict.fromkeys(names):
-                held.enter_context(self._one_writer(path))
+        with self._locks.hold(*names):
             try:
                 yield
             except OSError:
                 for path in names:
                     self.dirs.doubt(path)
                 raise
-
-    @contextlib.contextmanager
-    def _one_writer(self, path: str) -> Iterator[None]:
-        with self._lock:
-            lock, users = self._writers.get(path, (threading.Lock(), 0))
-            self._writers[path] = (lock, users + 1)
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                lock, users = self._writers[path]
-                if users == 1:
-                    del self._writers[path]
-                else:
-                    self._writers[path] = (lock, users - 1)
 
     # --- the store's answers, with what it cannot know
 

@@ -4,7 +4,8 @@ One store listing answers for all children. A name in a folder that was never li
 the folder is listed once several names were asked for. However many ask for the same, one request flies.
 
 A local change is applied to what is cached at once, and told to the requests that are on their way: their answers may
-not know it. So nothing has to be remembered of a change once the requests that flew meanwhile have landed.
+not know it. So nothing has to be remembered of a change once the requests that flew meanwhile have landed. The changes
+that other processes make come by a feed, which is looked at before each answer, and are applied alike.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ftpvfs import paths
 from ftpvfs.backend.backend import Entry
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
+from ftpvfs.coordination.feed import Change, ChangeFeed
 from ftpvfs.errors import failure
 from ftpvfs.waiting import Job, Wait, about_to_wait, current_job, shared_result_of, working_for
+
+logger = logging.getLogger(__name__)
 
 # Single requests for names of one folder before it is listed instead; a guess between a client that wants one file of a
 # huge folder and one that asks for the size of every file without listing.
@@ -113,7 +118,8 @@ class _Flight:
 class DirCache:
     """The folders of one VFS. Any thread; requests to the store are made with no lock held.
 
-    `read(path)` lists a folder and `stat(path)` asks for one name; both raise ENOENT.
+    `read(path)` lists a folder and `stat(path)` asks for one name; both raise ENOENT. `feed` tells other processes of
+    what is changed here, and this one of theirs; None: nobody else changes anything that must be seen at once.
     """
 
     def __init__(
@@ -126,6 +132,7 @@ class DirCache:
         fold_unicode: bool = True,
         answers_at_once: bool = False,
         clock: Clock = SYSTEM_CLOCK,
+        feed: ChangeFeed | None = None,
     ) -> None:
         self._read = read
         self._stat = stat
@@ -134,8 +141,9 @@ class DirCache:
         self._fold_unicode = fold_unicode
         self._answers_at_once = answers_at_once
         self._clock = clock
+        self._feed = feed
         self._lock = threading.Lock()
-        # Protected by _lock.
+        # Protected by _lock, and so is the place in the feed: a change is either still to come, or applied.
         self._folders: dict[str, _Folder] = {}
         self._sweep_at = FOLDERS_BEFORE_SWEEP
         # The flights that those who ask now may wait for, and all that are in the air.
@@ -148,6 +156,7 @@ class DirCache:
     def listing(self, path: str, *, fresh: bool = False) -> Listing:
         """Return the folder's entries; `fresh` asks the store whatever is cached or on its way. Raises ENOENT."""
         with self._lock:
+            self._catch_up_locked()
             folder = self._folder(path)
             folder.used_at = self._clock.monotonic()
             if not fresh and self._is_current(folder):
@@ -189,6 +198,7 @@ class DirCache:
     def cached(self, path: str) -> Listing | None:
         """Return the folder's listing where it is cached and current, without asking the store."""
         with self._lock:
+            self._catch_up_locked()
             return self._listing_locked(self._folders[path]) if self._is_listed(path) else None
 
     def knows(self, path: str) -> bool:
@@ -199,6 +209,7 @@ class DirCache:
     def _known(self, parent: str, name: str) -> tuple[bool, Entry | None]:
         """Return whether the cache can answer for the name, and its answer."""
         with self._lock:
+            self._catch_up_locked()
             folder = self._folder(parent)
             now = folder.used_at = self._clock.monotonic()
             if not self._is_current(folder):
@@ -246,6 +257,7 @@ class DirCache:
         """As `once`; `fresh` waits for no request that left earlier."""
         about_to_wait(self._need(kind))
         with self._lock:
+            self._catch_up_locked()  # what has changed before the question, a flight that left earlier may not know
             flight = None if fresh else self._flights.get((kind, path))
             leading = flight is None
             if flight is None:
@@ -294,6 +306,8 @@ class DirCache:
 
     def _land_locked(self, flight: _Flight) -> None:
         """Let nobody join the flight any more; in one step with using its answer, or a change could fall between."""
+        if flight in self._airborne:
+            self._catch_up_locked()
         self._airborne.discard(flight)
         if self._flights.get((flight.kind, flight.path)) is flight:
             del self._flights[flight.kind, flight.path]
@@ -356,29 +370,34 @@ class DirCache:
                 self._keep_single_locked(self._folder(parent), name, entry, now)
         return entry
 
-    # --- changes made here
+    # --- changes made here, and by others
 
     def changed(self, path: str, entry: Entry | None) -> None:
-        """Make a local change visible at once: the path is `entry` now, or gone."""
-        parent, name = paths.split(path)
+        """Make a local change visible at once, to all processes: the path is `entry` now, or gone."""
         with self._lock:
-            folder = self._folder(parent)
-            old = self._entry_locked(folder, name)
-            for flight in self._airborne:
-                if flight.path == (parent if flight.kind == "list" else path):
-                    flight.changes[name] = entry
-            if folder.entries is not None:
-                if folder.listing is not None:  # somebody holds it
-                    folder.entries, folder.listing = dict(folder.entries), None
-                _apply([(name, entry)], folder.entries)
-            if entry is not None:
-                folder.missing = False
-            if self._is_current(folder):
-                folder.singles.pop(name, None)
-            else:
-                self._keep_single_locked(folder, name, entry, self._clock.monotonic())
-            if old is None or old.is_dir or (entry is not None and entry.is_dir):
-                self._folder_changed_locked(path, entry)
+            self._catch_up_locked()
+            self._changed_locked(path, entry)
+        self._publish({"path": path, "entry": None if entry is None else asdict(entry)})
+
+    def _changed_locked(self, path: str, entry: Entry | None) -> None:
+        parent, name = paths.split(path)
+        folder = self._folder(parent)
+        old = self._entry_locked(folder, name)
+        for flight in self._airborne:
+            if flight.path == (parent if flight.kind == "list" else path):
+                flight.changes[name] = entry
+        if folder.entries is not None:
+            if folder.listing is not None:  # somebody holds it
+                folder.entries, folder.listing = dict(folder.entries), None
+            _apply([(name, entry)], folder.entries)
+        if entry is not None:
+            folder.missing = False
+        if self._is_current(folder):
+            folder.singles.pop(name, None)
+        else:
+            self._keep_single_locked(folder, name, entry, self._clock.monotonic())
+        if old is None or old.is_dir or (entry is not None and entry.is_dir):
+            self._folder_changed_locked(path, entry)
 
     def _folder_changed_locked(self, path: str, entry: Entry | None) -> None:
         """The folder came or went: what is known of it, and what is on its way, was asked of another one."""
@@ -391,19 +410,60 @@ class DirCache:
 
     def forget(self, path: str = "") -> None:
         """Drop all that is cached at and below the folder; the store is asked again when somebody wants it."""
-        parent, name = paths.split(path)
         with self._lock:
-            self._forget_locked(path)
-            if parent in self._folders:
-                self._folders[parent].singles.pop(name, None)
+            self._drop_locked(path)
+        self._publish({"forget": path})
 
     def doubt(self, path: str) -> None:
         """Drop all that is cached of the path, also by the folder that it is in: a change failed half way."""
-        parent = paths.split(path)[0]
         with self._lock:
-            self._forget_locked(path)
-            self._folders.pop(parent, None)
-            self._unkeep_locked(lambda flight: flight.kind == "list" and flight.path == parent)
+            self._doubt_locked(path)
+        self._publish({"doubt": path})
+
+    def refreshed(self, path: str) -> None:
+        """Have other processes read the folder again, too, when they next want it."""
+        self._publish({"relist": path})
+
+    def _drop_locked(self, path: str) -> None:
+        parent, name = paths.split(path)
+        self._forget_locked(path)
+        if parent in self._folders:
+            self._folders[parent].singles.pop(name, None)
+
+    def _doubt_locked(self, path: str) -> None:
+        self._forget_locked(path)
+        self._relist_locked(paths.split(path)[0])
+
+    def _relist_locked(self, path: str) -> None:
+        self._folders.pop(path, None)
+        self._unkeep_locked(lambda flight: flight.kind == "list" and flight.path == path)
+
+    def _publish(self, change: Change) -> None:
+        if self._feed is None:
+            return
+        try:
+            self._feed.publish(change)
+        except OSError as error:  # a full disk; what was changed is changed all the same
+            logger.warning("other processes were not told of %s: %s", change, error)
+
+    def _catch_up_locked(self) -> None:
+        """Apply what other processes have changed. Without news this costs one look into memory."""
+        news = self._feed.news() if self._feed is not None else ()
+        if news is None:
+            self._forget_locked("")
+        for change in news or ():
+            self._apply_locked(change)
+
+    def _apply_locked(self, change: Change) -> None:
+        if "path" in change:
+            known = change["entry"]
+            self._changed_locked(change["path"], None if known is None else Entry(**known))
+        elif "forget" in change:
+            self._drop_locked(change["forget"])
+        elif "doubt" in change:
+            self._doubt_locked(change["doubt"])
+        elif "relist" in change:
+            self._relist_locked(change["relist"])
 
     def in_use(self, seconds: float) -> list[str]:
         """Return the listed folders that somebody asked about in the last `seconds`."""

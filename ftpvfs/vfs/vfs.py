@@ -106,6 +106,11 @@ class VFS:
         if self.options.refresh:
             core.background("ftpvfs-refresh", lambda: self.refresh(recursive=True))
 
+    def check_shared(self) -> None:
+        """Raise OSError where other processes with the same store would not see at once what this one changes."""
+        if self.core.alone is not None:
+            raise self.core.alone
+
     def close(self) -> None:
         """Release connections, threads and files. The VFS opens them again when it is used again."""
         process = self._process()
@@ -362,10 +367,11 @@ class VFS:
             raise failure(errno.ENOTDIR, path)
         if self._listing(path, fresh=True):
             raise failure(errno.ENOTEMPTY, path)
-        core.backend.rmdir(path)
-        if core.keeps_folders:
-            core.index.drop_folder(path)
-        core.dirs.changed(path, None)
+        with core.writer(path):
+            core.backend.rmdir(path)
+            if core.keeps_folders:
+                core.index.drop_folder(path)
+            core.dirs.changed(path, None)
         core.keep_folder(paths.split(path)[0])
 
     def remove(self, path: str) -> None:
@@ -511,6 +517,7 @@ class VFS:
         """Read the folder again now, and those below it where `recursive`."""
         path = self._real(path)
         listing = self._listing(path, fresh=True)
+        self.core.dirs.refreshed(path)
         if self.core.dirs.knows(path) and not self.exists(path):  # made by others since the folder above was listed
             self.core.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True))
         if recursive:
