@@ -8,9 +8,12 @@ backend is made after any fork and never carried across one.
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import importlib
 import logging
+import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -23,7 +26,7 @@ from fsspec.core import split_protocol
 from ftpvfs.backend.capability import Capability
 from ftpvfs.backend.errors import oserror, secrets_in, secrets_in_url, translate, without_secrets
 from ftpvfs.backend.retry import Retry
-from ftpvfs.errors import EUNSUPPORTED, failure
+from ftpvfs.errors import ECHANGED, EUNSUPPORTED, failure
 from ftpvfs.memory import MemoryBudget
 from ftpvfs.waiting import Wait, about_to_wait
 
@@ -35,6 +38,21 @@ UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}
 
 # The bytes of one range, in order.
 Pieces = list[bytes]
+
+# What a file of this machine is read in, where a store has no larger parts.
+FILE_BLOCK = 2**20
+
+
+class Replaces(enum.Enum):
+    """What an upload may replace, where that is not one known version."""
+
+    ANY = "any"
+    ABSENT = "absent"
+
+
+# A fingerprint: only that version may be replaced.
+Condition = Replaces | str
+ANY, ABSENT = Replaces.ANY, Replaces.ABSENT
 
 
 @dataclass(slots=True)
@@ -99,6 +117,81 @@ class Upload(Protocol):
         """Give up and leave nothing behind at the store. May be called again, and after a failed commit."""
 
 
+class FileUpload(Protocol):
+    """A file of this machine on its way into the store: its bytes are read when they are sent, and never pile up."""
+
+    @property
+    def sent(self) -> int:
+        """Bytes that are on their way or at the store, for people to look at."""
+
+    def send(self) -> Entry:
+        """Send the file and publish the object, whole and verified; once, in one thread.
+
+        After an error or `cancel` (ECANCELED) nothing of it is on its way any more, and nothing is left at the store.
+        """
+
+    def cancel(self) -> None:
+        """Let `send` give up, unless it is publishing already. Any thread; returns at once."""
+
+
+class BlockwiseFile(FileUpload):
+    """A file sent block by block through a store's ordinary upload."""
+
+    def __init__(self, upload: Upload, path: str, descriptor: int, size: int) -> None:
+        self._upload = upload
+        self._path = path
+        self._descriptor = descriptor
+        self._size = size
+        self._position = 0
+        self._cancelled = threading.Event()
+
+    @property
+    def sent(self) -> int:
+        return self._position
+
+    def send(self) -> Entry:
+        try:
+            while self._position < self._size:
+                self._raise_if_cancelled()
+                self._position += self.pass_on(self._position, min(FILE_BLOCK, self._size - self._position))
+            self._raise_if_cancelled()
+            return self._upload.commit()
+        except BaseException:
+            self._upload.abort()
+            raise
+
+    def pass_on(self, offset: int, count: int) -> int:
+        """Hand up to `count` bytes at `offset` to the upload; return how many."""
+        data = read_exactly(self._descriptor, offset, count, self._path)
+        self._upload.write(data)
+        return len(data)
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def _raise_if_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise failure(errno.ECANCELED, self._path, "The upload was called off")
+
+
+def read_exactly(descriptor: int, offset: int, count: int, path: str) -> bytes:
+    """Return `count` bytes of a file; ECHANGED where it ends before. Linux reads 2 GiB at once at most."""
+    pieces = []
+    while count:
+        piece = os.pread(descriptor, count, offset)
+        if not piece:
+            raise failure(ECHANGED, path, f"The file ends {count} bytes before the range that was asked for")
+        pieces.append(piece)
+        offset, count = offset + len(piece), count - len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def not_replaceable(path: str, replaces: Condition) -> OSError:
+    """Return the error for an object that is not what was to be replaced."""
+    found = "There is a file by now" if replaces is ABSENT else "It is another version by now, or gone"
+    return failure(ECHANGED, path, f"{found} at the store")
+
+
 class OpenFile(Protocol):
     """A file of a store that lies on this machine's own disk."""
 
@@ -157,12 +250,30 @@ class Backend(ABC):
         """Open the file itself, where `capability.opens_files`."""
         raise self.unsupported(path, "opening files of the store directly")
 
-    def upload(self, path: str, *, mtime: float | None = None, size: int | None = None) -> Upload:
+    def upload(
+        self, path: str, *, mtime: float | None = None, size: int | None = None, replaces: Condition = ANY
+    ) -> Upload:
         """Return a new upload to `path`. The store hears nothing yet.
 
         `mtime` is the modification time to give it, None for the store's own; `size` is its length where it is known.
+
+        `replaces`: the upload publishes only where the store has that version at the path, or nothing (ABSENT); else
+        `commit` fails with ECHANGED, which no upload fails with for another reason. Where what is found there is what
+        was sent (an earlier try got through, and its answer was lost), `commit` succeeds. Stores that know no such
+        condition are asked right before.
         """
         raise self.unsupported(path, "writing")
+
+    def upload_file(
+        self, path: str, descriptor: int, size: int, *, mtime: float | None = None, replaces: Condition = ANY
+    ) -> FileUpload:
+        """Return the upload of the first `size` bytes of an open file, which must not change before it is done.
+
+        `mtime` and `replaces` are those of `upload`. The descriptor stays the caller's.
+        """
+        return BlockwiseFile(
+            self.upload(path, mtime=mtime, size=size, replaces=replaces), path, descriptor, size
+        )
 
     def mkdir(self, path: str) -> None:
         """Make a folder (where there are none, an object that marks one)."""
@@ -172,8 +283,12 @@ class Backend(ABC):
         """Remove an empty folder, or the object that marks one; nothing to remove is no error."""
         raise self.unsupported(path, "removing folders")
 
-    def remove(self, path: str) -> None:
-        """Remove one object; ENOENT where the store can tell."""
+    def remove(self, path: str, *, only: str | None = None) -> None:
+        """Remove one object; ENOENT where the store can tell.
+
+        With `only` (a fingerprint) no other version is removed: ECHANGED where there is one. What is gone is no error
+        then.
+        """
         raise self.unsupported(path, "removing files")
 
     def remove_many(self, paths: Iterable[str]) -> None:
@@ -219,6 +334,26 @@ class Backend(ABC):
         """Release connections and threads."""
 
     # --- for the stores' own use
+
+    def require(self, path: str, replaces: Condition) -> None:
+        """Ask the store what is at the path; raise ECHANGED where it is not what may be replaced."""
+        if replaces is not ANY and self._now(path) != (None if replaces is ABSENT else replaces):
+            raise not_replaceable(path, replaces)
+
+    def is_still(self, path: str, only: str | None) -> bool:
+        """Tell whether the version `only` is there, False where nothing is; ECHANGED where it is another one."""
+        found = self._now(path) if only is not None else None
+        if found is not None and found != only:
+            raise not_replaceable(path, only or ANY)
+        return found is not None
+
+    def _now(self, path: str) -> str | None:
+        """Return the fingerprint of what is at the path; "" for a folder, and None for nothing."""
+        try:
+            entry = self.stat(path)
+        except FileNotFoundError:
+            return None
+        return None if entry.is_dir and not self.capability.real_directories else entry.fingerprint or ""
 
     def unsupported(self, path: str, what: str) -> OSError:
         """Return the error for what this store cannot do."""

@@ -39,6 +39,7 @@ EXISTS = Meaning(errno.EEXIST)
 FORBIDDEN = Meaning(errno.EACCES, "The store denies access")
 CREDENTIALS = Meaning(errno.EACCES, "The store does not accept the credentials")
 NO_CREDENTIALS = Meaning(errno.EACCES, "No credentials for the store: set them in the environment or with --option")
+FORGOTTEN = Meaning(errno.ENOENT, "The store has forgotten the upload")
 NO_BUCKET = Meaning(errno.ENOENT, "No such bucket")
 THROTTLED = Meaning(errno.EBUSY, "The store is busy and asks to slow down", transient=True)
 BROKEN = Meaning(errno.EIO, "The store failed to answer the request", transient=True)
@@ -79,7 +80,7 @@ BY_STATUS: Mapping[int, Meaning] = {
 BY_S3_CODE: Mapping[str, Meaning] = {
     "NoSuchKey": MISSING,
     "NoSuchVersion": MISSING,
-    "NoSuchUpload": Meaning(errno.ENOENT, "The store has forgotten the upload"),
+    "NoSuchUpload": FORGOTTEN,
     "NoSuchBucket": NO_BUCKET,
     "InvalidBucketName": Meaning(errno.ENOENT, "Not a valid bucket name"),
     "AccessDenied": FORBIDDEN,

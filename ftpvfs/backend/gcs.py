@@ -24,10 +24,22 @@ import aiohttp
 from gcsfs.core import GCSFileSystem, quote
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import UNCACHED, Backend, Entry, Pieces, Tuning, Upload
+from ftpvfs.backend.backend import (
+    ABSENT,
+    ANY,
+    UNCACHED,
+    Backend,
+    Condition,
+    Entry,
+    FileUpload,
+    Pieces,
+    Tuning,
+    Upload,
+    not_replaceable,
+)
 from ftpvfs.backend.capability import Capability
 from ftpvfs.backend.errors import CHANGED, is_transient
-from ftpvfs.backend.objectstore import ListedPage, ObjectStoreBackend, PartsUpload, md5
+from ftpvfs.backend.objectstore import ListedPage, ObjectStoreBackend, PartsFile, PartsUpload, Slice, bytes_of, md5
 from ftpvfs.errors import failure
 
 logger = logging.getLogger(__name__)
@@ -156,10 +168,17 @@ class GCSBackend(ObjectStoreBackend):
 
     # --- writing
 
-    def upload(self, path: str, *, mtime: float | None = None, size: int | None = None) -> Upload:
-        return GCSUpload(self, path, mtime)
+    def upload(
+        self, path: str, *, mtime: float | None = None, size: int | None = None, replaces: Condition = ANY
+    ) -> Upload:
+        return GCSUpload(self, path, mtime, replaces)
 
-    async def put(self, path: str, data: bytes, mtime: float | None) -> Entry:
+    def upload_file(
+        self, path: str, descriptor: int, size: int, *, mtime: float | None = None, replaces: Condition = ANY
+    ) -> FileUpload:
+        return PartsFile(GCSUpload(self, path, mtime, replaces), descriptor, size)
+
+    async def put(self, path: str, data: bytes, mtime: float | None, replaces: Condition = ANY) -> Entry:
         item: dict[str, Any] = {"name": self.key(path), "metadata": _metadata(mtime)}
         digest = base64.b64encode(md5(data)).decode() if self.tuning.verify else None
         if digest:
@@ -172,14 +191,35 @@ class GCSBackend(ObjectStoreBackend):
             boundary, b"Content-Type: application/octet-stream", b"", data,
             boundary + b"--", b"",
         ))  # fmt: skip
-        answer = await self.json(
-            "POST",
-            self.upload_url(),
-            uploadType="multipart",
-            headers={"Content-Type": f'multipart/related; boundary="{name}"'},
-            data=body,
-        )
+        try:
+            answer = await self.json(
+                "POST",
+                self.upload_url(),
+                uploadType="multipart",
+                ifGenerationMatch=_generation(replaces),
+                headers={"Content-Type": f'multipart/related; boundary="{name}"'},
+                data=body,
+            )
+        except Exception as error:
+            if not self.is_refusal(error, path, replaces):
+                raise
+            return await self.our_own(path, replaces, digest or base64.b64encode(md5(data)).decode(), mtime)
         return self.stored(path, answer, len(data), digest)
+
+    async def our_own(self, path: str, replaces: Condition, digest: str | None, mtime: float | None) -> Entry:
+        """Return the entry of the object that stands in the way where it is what was sent; else raise ECHANGED.
+
+        An earlier try may have got through with its answer lost, even one of a process that is no more.
+        """
+        try:
+            item = await self.json("GET", "b/{}/o/{}", self.bucket, self.key(path), fields=FIELDS)
+        except FileNotFoundError:
+            raise not_replaceable(path, replaces) from None
+        wanted = _metadata(mtime)
+        agrees = {name: item.get("metadata", {}).get(name) for name in wanted} == wanted
+        if digest is None or item.get("md5Hash") != digest or not agrees:
+            raise not_replaceable(path, replaces)
+        return self._entry(paths.split(path)[1], item)
 
     def upload_url(self) -> str:
         """Return where new objects of the bucket are sent."""
@@ -195,9 +235,9 @@ class GCSBackend(ObjectStoreBackend):
             raise failure(errno.EIO, path, f"The store has other bytes than were sent (MD5 {found}, ours {digest})")
         return entry
 
-    async def delete(self, path: str) -> None:
+    async def delete(self, path: str, only: str | None = None) -> None:
         with contextlib.suppress(FileNotFoundError):  # as on S3: an earlier try's answer may have been lost
-            await self.call("DELETE", "b/{}/o/{}", self.bucket, self.key(path))
+            await self.call("DELETE", "b/{}/o/{}", self.bucket, self.key(path), ifGenerationMatch=only)
 
     async def duplicate(self, source: str, target: str, mtime: float | None) -> Entry:
         if source == target:
@@ -239,9 +279,12 @@ class GCSUpload(PartsUpload):
 
     backend: GCSBackend
     concurrency = 1
+    ends_with_part = False
 
-    def __init__(self, backend: GCSBackend, path: str, mtime: float | None) -> None:
-        super().__init__(backend, path, mtime)
+    def __init__(
+        self, backend: GCSBackend, path: str, mtime: float | None, replaces: Condition
+    ) -> None:
+        super().__init__(backend, path, mtime, replaces)
         # Touched on the event loop alone.
         self._location: str | None = None
         self._digest = hashlib.md5(usedforsecurity=False)
@@ -250,18 +293,20 @@ class GCSUpload(PartsUpload):
     def part_size(self, number: int) -> int:
         return 16 * MIB  # a multiple of CHUNK_UNIT; there is no limit to their number
 
-    async def send(self, number: int, offset: int, data: bytes) -> None:
+    async def send(self, number: int, offset: int, data: bytes | Slice) -> None:
+        body = bytes_of(data) if isinstance(data, bytes) else await asyncio.to_thread(bytes_of, data)
         if self._location is None:
             _, headers, _ = await self.backend.call(
                 "POST", self.backend.upload_url(), uploadType="resumable", name=self.backend.key(self.path),
+                ifGenerationMatch=_generation(self.replaces),
                 json={"name": self.backend.key(self.path), "metadata": _metadata(self.mtime)},
                 headers={"X-Upload-Content-Type": "application/octet-stream"},
             )  # fmt: skip
             self._location = headers["Location"]
         if self._hashed == offset:  # not so when the part is sent again
-            await asyncio.to_thread(self._digest.update, data)
-            self._hashed += len(data)
-        await self._chunk(data, offset)
+            await asyncio.to_thread(self._digest.update, body)
+            self._hashed += len(body)
+        await self._chunk(body, offset)
 
     async def _chunk(
         self, data: bytes, offset: int, total: int | None = None, digest: str | None = None
@@ -295,8 +340,12 @@ class GCSUpload(PartsUpload):
             await asyncio.to_thread(whole.update, rest)
             digest = base64.b64encode(whole.digest()).decode()
         try:
+            # The service holds a session to its condition; fake-gcs-server knows conditions for single requests alone.
+            await self.backend.require_now(self.path, self.replaces)
             item = await self._chunk(rest, self.size, size, digest)
         except Exception as error:
+            if self.backend.is_refusal(error, self.path, self.replaces):
+                return await self.backend.our_own(self.path, self.replaces, digest, self.mtime)
             if self.backend.translated(error, self.path).errno != errno.ENOENT:
                 raise
             item = await self._finished(digest)
@@ -320,6 +369,12 @@ class GCSUpload(PartsUpload):
             if is_transient(error):
                 raise
             logger.debug("giving up the upload session of %r: %s", self.path, type(error).__name__)
+
+
+def _generation(replaces: Condition) -> str | None:
+    if replaces is ANY:
+        return None
+    return "0" if replaces is ABSENT else str(replaces)
 
 
 def _metadata(mtime: float | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import io
 import logging
 import secrets
 import tempfile
@@ -22,7 +23,19 @@ from typing import IO, Any
 from fsspec.asyn import sync
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import Backend, Entry, Pieces, Tuning, Upload, filesystem, protocol_of
+from ftpvfs.backend.backend import (
+    ANY,
+    Backend,
+    Condition,
+    Entry,
+    FileUpload,
+    Pieces,
+    Tuning,
+    Upload,
+    filesystem,
+    protocol_of,
+    read_exactly,
+)
 from ftpvfs.backend.capability import GENERIC, OBJECT_STORE
 from ftpvfs.errors import ECHANGED, failure
 
@@ -156,13 +169,28 @@ class GenericBackend(Backend):
             raise failure(ECHANGED, path, f"{len(data)} of {stop - start} bytes are there")
         return [data]
 
-    def upload(self, path: str, *, mtime: float | None = None, size: int | None = None) -> Upload:
+    def upload(
+        self, path: str, *, mtime: float | None = None, size: int | None = None, replaces: Condition = ANY
+    ) -> Upload:
         if not self.capability.writes:
             raise self.unsupported(path, "writing")
-        return SpooledUpload(self, path)
+        return SpooledUpload(self, path, replaces)
 
-    def send(self, path: str, file: IO[bytes], size: int) -> Entry:
-        """Put the file's content at `path`, whole."""
+    def upload_file(
+        self, path: str, descriptor: int, size: int, *, mtime: float | None = None, replaces: Condition = ANY
+    ) -> FileUpload:
+        if not self.capability.writes:
+            raise self.unsupported(path, "writing")
+        return GenericFileUpload(self, path, descriptor, size, replaces)
+
+    def send(self, path: str, file: IO[bytes], size: int, replaces: Condition = ANY) -> Entry:
+        """Put the file's content at `path`, whole; ECHANGED where something else stands there than `replaces`."""
+        try:
+            self.require(path, replaces)
+        except OSError as error:
+            if error.errno != ECHANGED or not self._has(path, file, size):
+                raise
+            return self.stat(path)
         file.seek(0)
         if not self.capability.renames_files:
             data = file.read()
@@ -174,6 +202,20 @@ class GenericBackend(Backend):
         if self.tuning.verify and entry.size != size:
             raise failure(errno.EIO, path, f"The store has {entry.size} bytes of {size} that were sent")
         return entry
+
+    def _has(self, path: str, file: IO[bytes], size: int) -> bool:
+        """Tell whether the store has the file's bytes at the path: these stores tell by nothing else what they have."""
+        try:
+            entry = self.stat(path)
+        except FileNotFoundError:
+            return False
+        if entry.is_dir or entry.size != size:
+            return False
+        file.seek(0)
+        return all(
+            b"".join(self._read(path, start, min(start + SPOOL_BYTES, size), None)) == file.read(SPOOL_BYTES)
+            for start in range(0, size, SPOOL_BYTES)
+        )
 
     def _send_and_rename(self, path: str, temporary: str, file: IO[bytes]) -> None:
         file.seek(0)
@@ -197,8 +239,9 @@ class GenericBackend(Backend):
         else:
             self._change(path, lambda: self.fs.rmdir(self.key(path)))
 
-    def remove(self, path: str) -> None:
-        self._change(path, lambda: self.fs.rm_file(self.key(path)))
+    def remove(self, path: str, *, only: str | None = None) -> None:
+        if only is None or self.is_still(path, only):
+            self._change(path, lambda: self.fs.rm_file(self.key(path)))
 
     def copy(self, source: str, target: str) -> Entry:
         if not self.capability.copies:
@@ -219,9 +262,10 @@ class GenericBackend(Backend):
 class SpooledUpload(Upload):
     """Bytes collected on this machine and sent at the end."""
 
-    def __init__(self, backend: GenericBackend, path: str) -> None:
+    def __init__(self, backend: GenericBackend, path: str, replaces: Condition) -> None:
         self._backend = backend
         self._path = path
+        self._replaces = replaces
         self._spool = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 - closed by commit or abort
         self._size = 0
 
@@ -232,7 +276,7 @@ class SpooledUpload(Upload):
 
     def commit(self) -> Entry:
         self._raise_if_over()
-        entry = self._backend.send(self._path, self._spool, self._size)
+        entry = self._backend.send(self._path, self._spool, self._size, self._replaces)
         self._spool.close()
         return entry
 
@@ -242,6 +286,69 @@ class SpooledUpload(Upload):
     def _raise_if_over(self) -> None:
         if self._spool.closed:
             raise failure(errno.EIO, self._path, "The upload is over")
+
+
+class GenericFileUpload(FileUpload):
+    """A file of this machine that is sent as it is."""
+
+    def __init__(
+        self, backend: GenericBackend, path: str, descriptor: int, size: int, replaces: Condition
+    ) -> None:
+        self._backend = backend
+        self._path = path
+        self._descriptor = descriptor
+        self._size = size
+        self._replaces = replaces
+        self._file: PartOfFile | None = None
+        self._cancelled = False
+
+    @property
+    def sent(self) -> int:
+        return self._file.tell() if self._file is not None else 0
+
+    def send(self) -> Entry:
+        self._file = PartOfFile(self._descriptor, self._size, self._path)
+        if self._cancelled:
+            self.cancel()
+        return self._backend.send(self._path, io.BufferedReader(self._file), self._size, self._replaces)
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self._file is not None:
+            self._file.is_cancelled = True
+
+
+class PartOfFile(io.RawIOBase):
+    """The first `size` bytes of an open file, with a position of their own; ECANCELED once they are called off."""
+
+    def __init__(self, descriptor: int, size: int, path: str) -> None:
+        super().__init__()
+        self.is_cancelled = False
+        self._descriptor = descriptor
+        self._size = size
+        self._path = path
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        if self.is_cancelled:
+            raise failure(errno.ECANCELED, self._path, "The upload was called off")
+        count = min(len(buffer), max(0, self._size - self._position))
+        buffer[:count] = read_exactly(self._descriptor, self._position, count, self._path)
+        self._position += count
+        return count
 
 
 def _release(fs: Any) -> None:

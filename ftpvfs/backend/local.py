@@ -20,7 +20,22 @@ from typing import Any, ClassVar
 from fsspec.implementations.local import LocalFileSystem
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import Backend, Entry, OpenFile, Pieces, Tuning, Upload, Usage
+from ftpvfs.backend.backend import (
+    ABSENT,
+    ANY,
+    Backend,
+    BlockwiseFile,
+    Condition,
+    Entry,
+    FileUpload,
+    OpenFile,
+    Pieces,
+    Tuning,
+    Upload,
+    Usage,
+    not_replaceable,
+    read_exactly,
+)
 from ftpvfs.backend.capability import Capability
 from ftpvfs.coordination.folders import may_hang
 from ftpvfs.errors import ECHANGED, failure
@@ -28,6 +43,8 @@ from ftpvfs.errors import ECHANGED, failure
 # The name of a file on its way, where the system has no O_TMPFILE. Not listed.
 TEMPORARY_PREFIX = ".ftpvfs-"
 TEMPORARY_SUFFIX = ".tmp"
+# Why copy_file_range refuses a pair of files that can be copied by hand.
+NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 
 class LocalBackend(Backend):
@@ -107,7 +124,7 @@ class LocalBackend(Backend):
             try:
                 if fingerprint is not None and opened.entry.fingerprint != fingerprint:
                     raise failure(ECHANGED, path)
-                future.set_result([_exactly(opened.fileno(), start, stop, path)])
+                future.set_result([read_exactly(opened.fileno(), start, stop - start, path)])
             finally:
                 opened.close()
         except OSError as error:
@@ -119,8 +136,15 @@ class LocalBackend(Backend):
             flags = os.O_RDONLY | os.O_CLOEXEC | (0 if self.tuning.follow_links else os.O_NOFOLLOW) | os.O_NONBLOCK
             return LocalFile(os.open(self.locate(path), flags), path)
 
-    def upload(self, path: str, *, mtime: float | None = None, size: int | None = None) -> Upload:
-        return LocalUpload(self, path, mtime)
+    def upload(
+        self, path: str, *, mtime: float | None = None, size: int | None = None, replaces: Condition = ANY
+    ) -> Upload:
+        return LocalUpload(self, path, mtime, replaces)
+
+    def upload_file(
+        self, path: str, descriptor: int, size: int, *, mtime: float | None = None, replaces: Condition = ANY
+    ) -> FileUpload:
+        return LocalFileUpload(LocalUpload(self, path, mtime, replaces), path, descriptor, size)
 
     def mkdir(self, path: str) -> None:
         with self._renamed(path):
@@ -143,9 +167,10 @@ class LocalBackend(Backend):
             os.unlink(os.path.join(name, left))
         os.rmdir(name)
 
-    def remove(self, path: str) -> None:
+    def remove(self, path: str, *, only: str | None = None) -> None:
         with self._renamed(path):
-            os.remove(self.locate(path))
+            if only is None or self.is_still(path, only):
+                os.remove(self.locate(path))
 
     def rename(self, source: str, target: str) -> None:
         with self._renamed(source):
@@ -221,10 +246,13 @@ class LocalFile(OpenFile):
 class LocalUpload(Upload):
     """A file without a name in the target's folder, or with a temporary one, renamed over the target at the end."""
 
-    def __init__(self, backend: LocalBackend, path: str, mtime: float | None) -> None:
+    def __init__(
+        self, backend: LocalBackend, path: str, mtime: float | None, replaces: Condition
+    ) -> None:
         self._backend = backend
         self._path = path
         self._mtime = mtime
+        self._replaces = replaces
         self._size = 0
         self._descriptor = -1
         self._temporary: str | None = None
@@ -238,6 +266,22 @@ class LocalUpload(Upload):
                 taken = os.write(self._descriptor, view)
                 self._size += taken
                 view = view[taken:]
+
+    def copy(self, descriptor: int, offset: int, count: int) -> int:
+        """Take over up to `count` bytes of a file without passing them through this process; return how many.
+
+        0: that cannot be done with this file.
+        """
+        with self._unless_over():
+            self._open()
+            try:
+                taken = os.copy_file_range(descriptor, self._descriptor, count, offset)
+            except (AttributeError, OSError) as error:  # not on macOS, nor between all file systems
+                if isinstance(error, OSError) and error.errno not in NO_KERNEL_COPY:
+                    raise
+                return 0
+            self._size += taken
+            return taken
 
     @contextlib.contextmanager
     def _unless_over(self) -> Iterator[None]:
@@ -283,11 +327,27 @@ class LocalUpload(Upload):
             if os.path.isdir(target):
                 raise failure(errno.EISDIR, self._path)
             self._backend.refuse_hidden(self._path)
-            self._publish(target)
+            found = self._in_the_way(target)
+            if found is None:
+                self._publish(target)
+            elif (found.st_size, found.st_mtime_ns) != (info.st_size, info.st_mtime_ns) or self._mtime is None:
+                raise not_replaceable(self._path, self._replaces)
             self._backend._sync_folder(os.path.dirname(target))
-            info = os.fstat(self._descriptor)
+            info = found or os.fstat(self._descriptor)
         self.abort()  # only the descriptor is left to release
         return _entry(paths.split(self._path)[1], info)
+
+    def _in_the_way(self, target: str) -> os.stat_result | None:
+        """Return what stands at the target and is not to be replaced; None where all is well."""
+        if self._replaces is ANY:
+            return None
+        try:
+            found = os.stat(target)
+        except FileNotFoundError:
+            if self._replaces is ABSENT:
+                return None
+            raise not_replaceable(self._path, self._replaces) from None
+        return None if _fingerprint(found) == self._replaces else found
 
     def _keep_access_rights(self, target: str) -> None:
         """Give the new file the rights of the one that it replaces; those of a symbolic link (777) mean nothing."""
@@ -325,16 +385,13 @@ class LocalUpload(Upload):
             self._temporary = None
 
 
-def _exactly(descriptor: int, start: int, stop: int, path: str) -> bytes:
-    """Return the bytes [start, stop); Linux reads 2 GiB at once at most. ECHANGED where the file ends before."""
-    pieces = []
-    while start < stop:
-        piece = os.pread(descriptor, stop - start, start)
-        if not piece:
-            raise failure(ECHANGED, path, f"The file ends {stop - start} bytes before the range that was asked for")
-        pieces.append(piece)
-        start += len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+class LocalFileUpload(BlockwiseFile):
+    """A file copied by the kernel, which shares the blocks where the file system can (reflinks)."""
+
+    _upload: LocalUpload
+
+    def pass_on(self, offset: int, count: int) -> int:
+        return self._upload.copy(self._descriptor, offset, count) or super().pass_on(offset, count)
 
 
 def _entry(name: str, info: os.stat_result) -> Entry:

@@ -12,16 +12,30 @@ import errno
 import gc
 import hashlib
 import logging
+import threading
 from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import Backend, Entry, Pieces, Tuning, Upload
-from ftpvfs.errors import failure
+from ftpvfs.backend.backend import (
+    ANY,
+    Backend,
+    Condition,
+    Entry,
+    FileUpload,
+    Pieces,
+    Replaces,
+    Tuning,
+    Upload,
+    not_replaceable,
+    read_exactly,
+)
+from ftpvfs.errors import ECHANGED, EUNSUPPORTED, failure
 from ftpvfs.waiting import Wait, about_to_wait, result_of
 
 logger = logging.getLogger(__name__)
@@ -45,6 +59,7 @@ class ObjectStoreBackend(Backend):
     def __init__(self, url: str, root: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
         super().__init__(url, root, storage_options, tuning)
         self.bucket, _, self.prefix = root.strip("/").partition("/")
+        self._knows_conditions = True  # until the store says that it does not
 
     # --- the bridge to fsspec's event loop
 
@@ -97,16 +112,50 @@ class ObjectStoreBackend(Backend):
         """Return the bytes [start, stop) of one version."""
 
     @abstractmethod
-    async def delete(self, path: str) -> None:
-        """Delete one object; no error where there is none."""
+    async def delete(self, path: str, only: str | None = None) -> None:
+        """Delete one object, of the version `only` where that is given; no error where there is none."""
 
     @abstractmethod
-    async def put(self, path: str, data: bytes, mtime: float | None) -> Entry:
-        """Store a whole object in one request, verified."""
+    async def put(self, path: str, data: bytes, mtime: float | None, replaces: Condition = ANY) -> Entry:
+        """Store a whole object in one request, verified, where `replaces` (see `upload`) allows it."""
 
     @abstractmethod
     async def duplicate(self, source: str, target: str, mtime: float | None) -> Entry:
         """Copy one object inside the store; `mtime` None keeps the source's."""
+
+    # --- conditions
+
+    async def conditional(
+        self, path: str, replaces: Condition, request: Callable[[Condition], Awaitable[T]]
+    ) -> T:
+        """Make a request under a condition; a store that knows none is asked right before what it has."""
+        if self._knows_conditions or replaces is ANY:
+            try:
+                return await request(replaces)
+            except Exception as error:
+                if replaces is ANY or self.translated(error, path).errno != EUNSUPPORTED:
+                    raise
+                logger.warning("%s knows no conditional requests; it is asked before each change instead", self.display)
+                self._knows_conditions = False
+        await self.require_now(path, replaces)
+        return await request(ANY)
+
+    async def require_now(self, path: str, replaces: Condition) -> None:
+        """Raise ECHANGED where the object is not what may be replaced; `require` for the event loop."""
+        if replaces is ANY:
+            return
+        try:
+            found = (await self.head(path)).fingerprint
+        except Exception as error:
+            if self.translated(error, path).errno != errno.ENOENT:
+                raise
+            found = None
+        if found != (None if replaces is Replaces.ABSENT else replaces):
+            raise not_replaceable(path, replaces)
+
+    def is_refusal(self, error: BaseException, path: str, replaces: Condition) -> bool:
+        """Tell whether a conditional request failed for its condition."""
+        return replaces is not ANY and self.translated(error, path).errno == ECHANGED
 
     # --- the backend's contract
 
@@ -178,8 +227,8 @@ class ObjectStoreBackend(Backend):
             if page.has_marker:
                 yield path + "/", Entry("", is_dir=False)
 
-    def remove(self, path: str) -> None:
-        self.ask(path, lambda: self.delete(path))
+    def remove(self, path: str, *, only: str | None = None) -> None:
+        self.ask(path, lambda: self.delete(path, only))
 
     def remove_many(self, paths: Iterable[str]) -> None:
         failures = []
@@ -248,11 +297,16 @@ class PartsUpload(Upload):
     """
 
     concurrency = UPLOAD_CONCURRENCY
+    # What is left of a file after the full parts goes as a part like the others, beside them.
+    ends_with_part = True
 
-    def __init__(self, backend: ObjectStoreBackend, path: str, mtime: float | None) -> None:
+    def __init__(
+        self, backend: ObjectStoreBackend, path: str, mtime: float | None, replaces: Condition
+    ) -> None:
         self.backend = backend
         self.path = path
         self.mtime = mtime
+        self.replaces = replaces
         self.size = 0
         self._memory = backend.tuning.memory
         self._is_over = False  # committed or given up
@@ -269,7 +323,7 @@ class PartsUpload(Upload):
         """Return the size at which part `number`, counted from 0, is full."""
         raise NotImplementedError
 
-    async def send(self, number: int, offset: int, data: bytes) -> Any:
+    async def send(self, number: int, offset: int, data: bytes | Slice) -> Any:
         """Send one full part; return what `finish` needs to know of it."""
         raise NotImplementedError
 
@@ -320,7 +374,25 @@ class PartsUpload(Upload):
         self._pieces, self._pending = ([bytes(memoryview(last)[len(kept) :])], beyond) if beyond else ([], 0)
         return part
 
-    def _send(self, part: bytes) -> None:
+    def send_slice(self, part: Slice) -> None:
+        """Send a part of a file as soon as there is room for it; blocks until then."""
+        self._raise_if_over()
+        while True:
+            self._reap()
+            if len(self._in_flight) < self.concurrency and self._memory.take(len(part), force=not self._in_flight):
+                break
+            self._in_flight[0].result()
+        self._reserved = len(part)
+        self._send(part)
+
+    def take_last(self, part: Slice) -> None:
+        """Take over what `commit` sends, beside the parts or alone."""
+        self._memory.take(len(part), force=True)
+        self._reserved = len(part)
+        self._pieces.append(part.read())
+        self._pending = len(part)
+
+    def _send(self, part: bytes | Slice) -> None:
         number, offset, reserved = len(self._parts), self.size, self._reserved
         self.size += len(part)
         self._reserved = 0
@@ -330,7 +402,7 @@ class PartsUpload(Upload):
         self._parts.append(future)
         self._in_flight.append(future)
 
-    async def _tracked(self, number: int, offset: int, part: bytes) -> Any:
+    async def _tracked(self, number: int, offset: int, part: bytes | Slice) -> Any:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -341,7 +413,9 @@ class PartsUpload(Upload):
         self._raise_if_over()
         rest = b"".join(self._pieces)
         if not self._parts:
-            entry = self.backend.ask(self.path, lambda: self.backend.put(self.path, rest, self.mtime))
+            entry = self.backend.ask(
+                self.path, lambda: self.backend.put(self.path, rest, self.mtime, self.replaces)
+            )
         else:
             parts = [part.result() for part in self._parts]
             entry = self.backend.ask(self.path, lambda: self.finish(parts, rest))
@@ -381,6 +455,72 @@ class PartsUpload(Upload):
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self.discard()
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A range of an open file, read when it is sent."""
+
+    descriptor: int
+    start: int
+    stop: int
+    path: str
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def read(self) -> bytes:
+        """Return the bytes."""
+        return read_exactly(self.descriptor, self.start, len(self), self.path)
+
+
+def bytes_of(data: bytes | Slice) -> bytes:
+    """Return the bytes of a part; reads the disk where they are a file's."""
+    return data.read() if isinstance(data, Slice) else data
+
+
+class PartsFile(FileUpload):
+    """A file sent in parts, each read from the disk when its turn comes."""
+
+    def __init__(self, upload: PartsUpload, descriptor: int, size: int) -> None:
+        self._upload = upload
+        self._descriptor = descriptor
+        self._size = size
+        self._position = 0
+        self._cancelled = threading.Event()
+
+    @property
+    def sent(self) -> int:
+        return self._position
+
+    def send(self) -> Entry:
+        try:
+            self._send_parts()
+            self._raise_if_cancelled()
+            return self._upload.commit()
+        except BaseException:
+            self._upload.abort()
+            raise
+
+    def _send_parts(self) -> None:
+        number = 0
+        while left := self._size - self._position:
+            self._raise_if_cancelled()
+            size = min(left, self._upload.part_size(number))
+            part = Slice(self._descriptor, self._position, self._position + size, self._upload.path)
+            if left <= size and not (number and self._upload.ends_with_part):
+                self._upload.take_last(part)
+            else:
+                self._upload.send_slice(part)
+            self._position += size
+            number += 1
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def _raise_if_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise failure(errno.ECANCELED, self._upload.path, "The upload was called off")
 
 
 def md5(data: bytes) -> bytes:
