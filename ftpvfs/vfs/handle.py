@@ -7,10 +7,11 @@ so (a Python program's `with open(...)`), and gives the new bytes up where an FT
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -295,91 +296,57 @@ class FileHandle(Handle):
         self.close()
 
 
-class WriteHandle(Handle):
-    """A file streamed to the store. The store hears of it with the first full part, or at `commit`."""
+class WritingHandle(Handle):
+    """A file that is written: published whole by `commit`, or given up. What the kinds of them share."""
 
     mode = "wb"
 
-    def __init__(
-        self,
-        path: str,
-        name: str,
-        begin: Callable[[], Upload],
-        publish: Callable[[Upload], None],
-        *,
-        autocommit: bool,
-    ) -> None:
+    def __init__(self, path: str, name: str, *, autocommit: bool) -> None:
         super().__init__(path, name)
-        self._begin = begin
-        self._publish = publish
         self._autocommit = autocommit
-        self._upload: Upload | None = None
         self._failure: BaseException | None = None
-        self._position = 0
         self.committed = False
 
-    @property
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self._position
+    def _publish_all(self) -> None:
+        """Publish what was written; on return it is where the open mode promises."""
+        raise NotImplementedError
 
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        self._check_open()
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        # Also to where it is: zipfile and others try that to see whether they may go back later.
-        self._check_open()
-        reason = "Seeking in a file that is written needs --vfs-cache-mode writes or full"
-        raise failure(errno.ESPIPE, self.path, reason)
-
-    def write(self, data: ReadableBuffer) -> int:
-        """Take all of `data`; blocks while the store is slower. After an error nothing can be published any more."""
-        self._check_open()
-        self._raise_failure()
-        view = memoryview(data).cast("B")
-        try:
-            self._started().write(view)
-        except BaseException as error:
-            self._failure = error
-            raise
-        self._position += len(view)
-        return len(view)
-
-    def _started(self) -> Upload:
-        if self._upload is None:
-            self._upload = self._begin()
-        return self._upload
+    def _give_up(self) -> None:
+        """Let go of everything, published or not. May be called again."""
+        raise NotImplementedError
 
     def commit(self) -> None:
-        """Publish what was written; on return the store has the file, whole and verified, and the handle is closed.
+        """Publish what was written, whole; on return it is where the open mode promises, and the handle is closed.
 
-        Raises what the store said; the file that was there before then still is.
+        Raises what went wrong, also with an earlier write; the file that was there before then still is.
         """
         if self.committed:
             return
         self._check_open()
         try:
             self._raise_failure()
-            self._publish(self._started())
+            self._publish_all()
             self.committed = True
         finally:
             if not self.committed:
                 self._give_up()
             super().close()
 
+    @contextlib.contextmanager
+    def _failing_for_good(self) -> Iterator[None]:
+        """After an error inside nothing can be published any more: nobody knows which bytes were taken."""
+        self._check_open()
+        self._raise_failure()
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
+
     def _raise_failure(self) -> None:
         if self._failure is not None:
             code = getattr(self._failure, "errno", None) or errno.EIO
             raise failure(code, self.path, f"An earlier write failed: {self._failure}") from self._failure
-
-    def _give_up(self) -> None:
-        upload, self._upload = self._upload, None
-        if upload is not None:
-            upload.abort()
 
     def close(self) -> None:
         """Publish the file where it was opened so, raising what failed, also earlier; else give it up."""
@@ -403,3 +370,61 @@ class WriteHandle(Handle):
             self.abandon()
         else:
             self.close()
+
+
+class WriteHandle(WritingHandle):
+    """A file streamed to the store. The store hears of it with the first full part, or at `commit`."""
+
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        begin: Callable[[], Upload],
+        publish: Callable[[Upload], None],
+        *,
+        autocommit: bool,
+    ) -> None:
+        super().__init__(path, name, autocommit=autocommit)
+        self._begin = begin
+        self._publish = publish
+        self._upload: Upload | None = None
+        self._position = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._position
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        self._check_open()
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        # Also to where it is: zipfile and others try that to see whether they may go back later.
+        self._check_open()
+        reason = "Seeking in a file that is written needs --vfs-cache-mode writes or full"
+        raise failure(errno.ESPIPE, self.path, reason)
+
+    def write(self, data: ReadableBuffer) -> int:
+        """Take all of `data`; blocks while the store is slower. After an error nothing can be published any more."""
+        with self._failing_for_good():
+            view = memoryview(data).cast("B")
+            self._started().write(view)
+        self._position += len(view)
+        return len(view)
+
+    def _started(self) -> Upload:
+        if self._upload is None:
+            self._upload = self._begin()
+        return self._upload
+
+    def _publish_all(self) -> None:
+        self._publish(self._started())
+
+    def _give_up(self) -> None:
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            upload.abort()
