@@ -610,6 +610,21 @@ class _Cut:
         return self.limit - self.carried[link]
 
 
+@dataclass
+class _Flip:
+    """The answers to the next `times` requests that match have another byte at `offset` of their body."""
+
+    offset: int
+    times: int
+    method: str
+    target: str
+
+    def matches(self, request: Request) -> bool:
+        if self.times <= 0 or self.method != request.method:
+            return False
+        return re.search(self.target, request.target) is not None
+
+
 class FaultProxy:
     """A TCP proxy before a port of this machine, which does to its connections what a test sets.
 
@@ -621,7 +636,7 @@ class FaultProxy:
       after it, unless its client is gone by then;
     - `refuse`: new connections are reset at once, and those that stand as well.
 
-    Faults that happen a number of times: `fail_next`, `reset_after`; and at once: `cut`.
+    Faults that happen a number of times: `fail_next`, `reset_after`, `flip_byte`; and at once: `cut`.
     Counters: `connections`; `requests`, by method, of HTTP, with those that `fail_next` answered; `seen`, the
     same requests in their order; `sent` and `received`, the bytes passed on to the server, to the client.
     """
@@ -634,6 +649,7 @@ class FaultProxy:
         self._refuse = False
         self._failures: list[_Failure] = []
         self._cuts: list[_Cut] = []
+        self._flips: list[_Flip] = []
         self._links: set[_Link] = set()
         self.reset_counters()
         self.port = 0
@@ -698,6 +714,13 @@ class FaultProxy:
             if limit is not None:
                 self._cuts.append(_Cut(direction, limit, times))
 
+    def flip_byte(self, offset: int = 0, *, times: int = 1, method: str = "GET", target: str = "") -> None:
+        """Damage the byte at `offset` of the body of the answers to the next `times` requests that match.
+
+        For answers with a Content-Length. A body that is shorter passes as it is, and counts.
+        """
+        self._flips.append(_Flip(offset, times, method, target))
+
     def cut(self) -> None:
         """Reset all connections that stand."""
         self._call(self._cut_all())
@@ -707,6 +730,7 @@ class FaultProxy:
         self.delay, self.bandwidth, self._refuse = 0.0, None, False
         self._failures.clear()
         self._cuts.clear()
+        self._flips.clear()
         self.black_hole = False
 
     # -- life
@@ -803,6 +827,14 @@ class FaultProxy:
                 return failure.answer(request)
         return None
 
+    def flip_for(self, request: Request) -> int | None:
+        """The offset in the body of the answer to `request` whose byte is to be another; None = none."""
+        for flip in self._flips:
+            if flip.matches(request):
+                flip.times -= 1
+                return flip.offset
+        return None
+
     def note_request(self, request: Request) -> None:
         self.requests[request.method] += 1
         self.seen.append(request)
@@ -849,6 +881,8 @@ class _Link:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._splitter = RequestSplitter()
         self._is_client_gone = False
+        self._flip_at: int | None = None  # in the body of the answer that comes next
+        self._answer_head = b""  # of that answer, as far as it came
         self._free_at = {"to_server": 0.0, "to_client": 0.0}  # when a limited line has sent all it was given
         self._loop = asyncio.get_running_loop()
 
@@ -908,15 +942,36 @@ class _Link:
                 target.shutdown(socket.SHUT_WR)
                 return
             if way == "to_client":
-                await self._pass_on(target, data, way)
+                await self._pass_on(target, self._damaged(data), way)
                 continue
             for request, part in self._splitter.feed(data):
                 if request is not None:
                     await self._judge(request)
                 await self._pass_on(target, part, way)
 
+    def _damaged(self, data: bytes) -> bytes:
+        """The bytes with the one flipped that `_flip_at` names, once the answer's head is through."""
+        if self._flip_at is None:
+            return data
+        start = 0
+        if b"\r\n\r\n" not in self._answer_head:
+            before = len(self._answer_head)
+            self._answer_head += data
+            head, end, _ = self._answer_head.partition(b"\r\n\r\n")
+            if not end:
+                return data
+            self._answer_head = head + end
+            start = len(self._answer_head) - before
+        index = start + self._flip_at
+        if index >= len(data):
+            self._flip_at -= len(data) - start
+            return data
+        self._flip_at = None
+        return data[:index] + bytes([data[index] ^ 0x20]) + data[index + 1 :]
+
     async def _judge(self, request: Request) -> None:
         self._proxy.note_request(request)
+        self._flip_at, self._answer_head = self._proxy.flip_for(request), b""
         answer = self._proxy.failure_for(request)
         if answer is not None:
             await asyncio.sleep(self._proxy.delay)  # the delay that the proxy is for

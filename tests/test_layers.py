@@ -41,6 +41,7 @@ HOMES: dict[str, set[str]] = {
     "botocore": {"backend"},
     "aiohttp": {"backend"},
     "google": {"backend"},
+    "google_crc32c": {"backend.checksum"},  # comes with gcsfs
     "tenacity": {"backend", "cache"},
     "cachetools": {"backend", "cache", "vfs", "server", "filesystem"},
     "iniconfig": {"config"},

@@ -312,6 +312,25 @@ def test_an_injected_error_names_its_s3_code(s3_store: Store, make_proxy: MakePr
     assert client.cat_file(s3_store.path("secret")) == b"1"
 
 
+@pytest.mark.parametrize("offset", [0, 99_999, 150_000])
+def test_one_byte_of_the_next_answer_is_flipped(
+    s3_store: Store, make_proxy: MakeProxy, make_backend: Callable[..., Any], offset: int
+) -> None:
+    data = bytes(200_000)
+    s3_store.write("a", data)
+    proxy = make_proxy(s3_store)
+    backend = make_backend(s3_store.proxied(proxy))  # s3fs would compare the CRC that it sent
+
+    def read() -> bytes:
+        return b"".join(backend.fetch("a", 0, len(data), None).result(timeout=20))
+
+    proxy.flip_byte(offset)
+    assert [index for index, byte in enumerate(read()) if byte] == [offset]
+    assert read() == data
+    proxy.flip_byte(5, target="another")
+    assert read() == data
+
+
 def s3_client(store: Store) -> Any:
     import s3fs
 

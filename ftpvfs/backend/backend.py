@@ -24,6 +24,7 @@ import fsspec
 from fsspec.core import split_protocol
 
 from ftpvfs.backend.capability import Capability
+from ftpvfs.backend.checksum import Checksum
 from ftpvfs.backend.errors import oserror, secrets_in, secrets_in_url, translate, without_secrets
 from ftpvfs.backend.retry import Retry
 from ftpvfs.errors import ECHANGED, EUNSUPPORTED, failure
@@ -63,6 +64,7 @@ class Entry:
     `fingerprint` names the bytes of the object (ETag, generation, ...), or is None where the store has no such thing.
     `stamp` is when the store last wrote the object, where neither of the others tells: S3's ETag stays the same when
     another program gives the object another modification time.
+    `digest` is the hash of the bytes where a listing has one beside the fingerprint, as the store writes it.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Entry:
     mtime: float | None = None
     fingerprint: str | None = None
     stamp: int | None = None
+    digest: str | None = None
 
     @property
     def version(self) -> str | None:
@@ -245,6 +248,23 @@ class Backend(ABC):
 
         The future fails with ECHANGED when the object is no longer that version.
         """
+
+    def checksum(self, entry: Entry) -> Checksum | None:
+        """Return what the version's bytes should hash to as far as `entry` tells; nothing is asked of the store.
+
+        It may mean something else (the ETag of an encrypted object is no MD5): before bytes are called damaged,
+        `ask_checksum` has the last word.
+        """
+        return None
+
+    def ask_checksum(self, path: str, entry: Entry) -> Future[Checksum | None]:
+        """Ask the store for the hash of this version; the future gives None where it has none.
+
+        The future fails with ECHANGED when the object is no longer that version.
+        """
+        future: Future[Checksum | None] = Future()
+        future.set_result(None)
+        return future
 
     def open_file(self, path: str) -> OpenFile:
         """Open the file itself, where `capability.opens_files`."""

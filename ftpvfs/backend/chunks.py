@@ -59,6 +59,11 @@ class Pace:
         """Bytes that the next range has where nothing bounds it."""
         return self._size
 
+    @property
+    def most_ahead(self) -> int:
+        """Bytes that all ranges at once have when they have grown."""
+        return self.streams * self._largest
+
     def length(self, left: int) -> int:
         """Return how long the next range is where `left` bytes are left to ask for."""
         return left if left <= self._size + self._size // 2 else self._size  # no crumb at the end

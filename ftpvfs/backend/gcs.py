@@ -38,6 +38,7 @@ from ftpvfs.backend.backend import (
     not_replaceable,
 )
 from ftpvfs.backend.capability import Capability
+from ftpvfs.backend.checksum import Checksum
 from ftpvfs.backend.errors import CHANGED, is_transient
 from ftpvfs.backend.objectstore import ListedPage, ObjectStoreBackend, PartsFile, PartsUpload, Slice, bytes_of, md5
 from ftpvfs.errors import failure
@@ -51,7 +52,7 @@ RESUME_INCOMPLETE = 308
 # rclone's and gsutil's metadata keys, so that all agree on times: RFC 3339, and whole seconds since the epoch.
 MTIME = "mtime"
 MTIME_GSUTIL = "goog-reserved-file-mtime"
-FIELDS = "name,size,generation,updated,md5Hash,metadata"
+FIELDS = "name,size,generation,updated,md5Hash,crc32c,metadata"
 # What a rewrite with new metadata would otherwise lose; access lists are the target bucket's.
 KEPT_FIELDS = (
     "contentType", "cacheControl", "contentDisposition", "contentEncoding", "contentLanguage", "customTime",
@@ -148,7 +149,8 @@ class GCSBackend(ObjectStoreBackend):
     def _entry(self, name: str, item: Mapping[str, Any]) -> Entry:
         updated = _seconds(item["updated"])
         mtime = updated if self.tuning.server_mtime else _stored_mtime(item.get("metadata", {}), updated)
-        return Entry(name, False, int(item.get("size", 0)), mtime, str(item["generation"]))
+        size, generation = int(item.get("size", 0)), str(item["generation"])
+        return Entry(name, False, size, mtime, generation, digest=_digest_of(item))
 
     async def head(self, path: str) -> Entry:
         item = await self.json("GET", "b/{}/o/{}", self.bucket, self.key(path), fields=FIELDS)
@@ -165,6 +167,16 @@ class GCSBackend(ObjectStoreBackend):
         if len(data) != stop - start:
             raise ConnectionResetError(errno.ECONNRESET, f"{len(data)} of {stop - start} bytes arrived")
         return [data]
+
+    def checksum(self, entry: Entry) -> Checksum | None:
+        algorithm, _, value = (entry.digest or "").partition("=")
+        return Checksum(algorithm, base64.b64decode(value)) if value else None
+
+    async def hash_of(self, path: str, entry: Entry) -> Checksum | None:
+        item = await self.json(
+            "GET", "b/{}/o/{}", self.bucket, self.key(path), generation=entry.fingerprint, fields=FIELDS
+        )
+        return self.checksum(self._entry(entry.name, item))
 
     # --- writing
 
@@ -375,6 +387,14 @@ def _generation(replaces: Condition) -> str | None:
     if replaces is ANY:
         return None
     return "0" if replaces is ABSENT else str(replaces)
+
+
+def _digest_of(item: Mapping[str, Any]) -> str | None:
+    """Return the hash of an object as `X-Goog-Hash` writes it; composed objects have no MD5."""
+    for algorithm, name in (("md5", "md5Hash"), ("crc32c", "crc32c")):
+        if item.get(name):
+            return f"{algorithm}={item[name]}"
+    return None
 
 
 def _metadata(mtime: float | None) -> dict[str, str]:

@@ -35,6 +35,7 @@ from ftpvfs.backend.backend import (
     not_replaceable,
     read_exactly,
 )
+from ftpvfs.backend.checksum import Checksum
 from ftpvfs.errors import ECHANGED, EUNSUPPORTED, failure
 from ftpvfs.waiting import Wait, about_to_wait, result_of
 
@@ -110,6 +111,10 @@ class ObjectStoreBackend(Backend):
     @abstractmethod
     async def read(self, path: str, start: int, stop: int, fingerprint: str | None) -> Pieces:
         """Return the bytes [start, stop) of one version."""
+
+    @abstractmethod
+    async def hash_of(self, path: str, entry: Entry) -> Checksum | None:
+        """Return the store's hash of one version, None where it has none."""
 
     @abstractmethod
     async def delete(self, path: str, only: str | None = None) -> None:
@@ -214,6 +219,9 @@ class ObjectStoreBackend(Backend):
 
     def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[Pieces]:
         return self.spawn(path, lambda: self.read(path, start, stop, fingerprint))
+
+    def ask_checksum(self, path: str, entry: Entry) -> Future[Checksum | None]:
+        return self.spawn(path, lambda: self.hash_of(path, entry))
 
     def walk(self, path: str) -> Iterator[tuple[str, Entry]]:
         prefix = self.folder_key(path)

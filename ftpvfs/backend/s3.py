@@ -40,6 +40,7 @@ from ftpvfs.backend.backend import (
     not_replaceable,
 )
 from ftpvfs.backend.capability import Capability
+from ftpvfs.backend.checksum import Checksum
 from ftpvfs.backend.errors import FORGOTTEN
 from ftpvfs.backend.objectstore import ListedPage, ObjectStoreBackend, PartsFile, PartsUpload, Slice, bytes_of, md5
 from ftpvfs.errors import failure
@@ -58,6 +59,8 @@ FILE_PART = 16 * MIB
 HASHED_INLINE = 2**17
 # rclone's metadata key, so that both programs agree on times: seconds since the epoch with nanoseconds.
 MTIME = "mtime"
+# And the key of the MD5 (base64) that it keeps beside objects uploaded in parts.
+MD5 = "md5chksum"
 # What a copy with new metadata would otherwise lose.
 # Access lists, tags (where a copy goes in parts) and object locks are the target bucket's.
 KEPT_HEADERS = (
@@ -179,6 +182,30 @@ class S3Backend(ObjectStoreBackend):
         if arrived != stop - start:
             raise ConnectionResetError(errno.ECONNRESET, f"{arrived} of {stop - start} bytes arrived")
         return pieces
+
+    def checksum(self, entry: Entry) -> Checksum | None:
+        match = PLAIN_MD5.match(entry.fingerprint or "")
+        return Checksum("md5", bytes.fromhex(match[1])) if match and not match[2] else None
+
+    async def hash_of(self, path: str, entry: Entry) -> Checksum | None:
+        """Return the MD5 that rclone leaves beside large objects, or else what the ETag means."""
+        match = PLAIN_MD5.match(entry.fingerprint or "")
+        parts = int(match[2][1:]) if match and match[2] else 0
+        condition: dict[str, Any] = {"IfMatch": entry.fingerprint} if entry.fingerprint else {}
+        if parts:
+            condition["PartNumber"] = 1  # the answer is about the first part, as long as all but the last
+        head = await self.call("head_object", path, **condition)
+        known = _stored_md5(head)
+        if known is not None:
+            return Checksum("md5", known)
+        if match is None or _is_encrypted(head):
+            return None
+        if not parts:
+            return Checksum("md5", bytes.fromhex(match[1]))
+        length = head["ContentLength"]
+        # Stores that do not know part numbers answer for the whole object, and parts may be of several lengths.
+        known_parts = head.get("PartsCount") == parts and length and -(-entry.size // length) == parts
+        return Checksum("md5", bytes.fromhex(match[1]), length) if known_parts else None
 
     # --- writing
 
@@ -483,6 +510,14 @@ def _mtime_agrees(head: Mapping[str, Any], mtime: float | None) -> bool:
 
 def _metadata(mtime: float | None) -> dict[str, str]:
     return {} if mtime is None else {MTIME: f"{mtime:.9f}"}
+
+
+def _stored_md5(head: Mapping[str, Any]) -> bytes | None:
+    try:
+        digest = base64.b64decode(head["Metadata"][MD5], validate=True)
+    except (KeyError, ValueError):
+        return None
+    return digest if len(digest) == 16 else None
 
 
 def _stored_mtime(head: Mapping[str, Any], otherwise: float) -> float:
