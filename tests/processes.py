@@ -36,8 +36,9 @@ class Child:
         self.pipe.send(word)
 
     def kill(self) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, signal.SIGKILL)
+        """End it at once, if it has not ended."""
+        if self.process.is_alive() and self.process.pid is not None:
+            os.kill(self.process.pid, signal.SIGKILL)
         self.process.join()
 
     def end(self) -> None:
