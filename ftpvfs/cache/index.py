@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import string
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 from ftpvfs import paths
-from ftpvfs.cache.database import Database
+from ftpvfs.cache.beside import records_beside
+from ftpvfs.cache.database import Database, ForeignRecord
+from ftpvfs.cache.summary import refill
+
+T = TypeVar("T")
 
 Known = dict[str, tuple[str | None, float]]
 
@@ -38,6 +42,34 @@ class Index(Database):
         " again, and what is dirty is found from the records beside its data"
     )
     check = "integrity_check"
+
+    def _refill(self) -> Mapping[str, bytes]:
+        return refill(records_beside(self._folder))
+
+    # --- the journal: what is dirty, and partials. Its own format is none of the index's business.
+
+    def get(self, key: str) -> bytes | None:
+        """Return a record's bytes; None where there is none, ValueError where it is not one of ours."""
+        try:
+            return self._get(key)
+        except ForeignRecord as error:
+            raise ValueError(f"{error} stands there") from error
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a record."""
+        self._put(key, data)
+
+    def delete(self, key: str) -> None:
+        """Remove a record, if it is there."""
+        self._delete(key)
+
+    def keys(self, prefix: str) -> list[str]:
+        """Return the keys of all records that begin so."""
+        return self._keys(prefix)
+
+    def atomically(self, change: Callable[[], T]) -> T:
+        """Make all writes of `change` visible at once, durable with one sync. Short: nobody else writes meanwhile."""
+        return self._atomically(change)
 
     # --- made folders: what MKD made on a store that has no folders
 

@@ -1,0 +1,332 @@
+"""The space that the cache takes: counted as it is taken, kept within the limits, and waited for.
+
+Processes add what they write to one number that they share; every poll counts the files themselves and sets it right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+
+from ftpvfs.cache.eviction import Candidate, Kind, Limits, victims
+from ftpvfs.cache.files import BESIDE, DataFile, Files, Number, Place
+from ftpvfs.cache.records import is_id
+from ftpvfs.clock import Clock
+from ftpvfs.errors import failure
+
+logger = logging.getLogger(__name__)
+
+# A process tells the others of so many bytes at once: what it has not told yet, the limit may be exceeded by.
+STEP = 4 * 2**20
+# Files that are removed between two looks at who else wants the database: a transaction of some milliseconds.
+BATCH = 64
+# A file that no record knows may be one that is just being made.
+GRACE = 60.0
+# Seconds for which an upload that does not fit waits for write-back to make room. Clients give up after 20 to 60.
+PATIENCE = 15.0
+# How often who waits looks whether another process has made room.
+LOOK_AGAIN = 0.1
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the cache takes on the disk, in bytes, and in how many files."""
+
+    clean: int = 0
+    dirty: int = 0
+    partial: int = 0
+    incoming: int = 0
+    files: int = 0
+    free: int = 0
+
+    @property
+    def taken(self) -> int:
+        """All together."""
+        return self.clean + self.dirty + self.partial + self.incoming
+
+
+@dataclass
+class Evicted:
+    """What an eviction did, in numbers of files, and the bytes that it freed."""
+
+    removed: int = 0
+    removed_partials: int = 0
+    removed_orphans: int = 0
+    in_use: int = 0
+    size: int = 0
+
+
+@dataclass
+class _Census:
+    """What is on the disk at one time."""
+
+    usage: Usage = field(default_factory=Usage)
+    candidates: list[Candidate] = field(default_factory=list)
+
+
+class Space:
+    """The space of one cache folder. Any thread; one for each process.
+
+    `forget` removes the records of files that are about to go, `dirty` tells how many bytes write-back may free.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        limits: Limits,
+        clock: Clock,
+        *,
+        dirty: Callable[[], int],
+        forget: Callable[[list[str]], None],
+        forget_partial: Callable[[str], bool],
+    ) -> None:
+        self.limits = limits
+        self._files = files
+        self._clock = clock
+        self._dirty = dirty
+        self._forget = forget
+        self._forget_partial = forget_partial
+        self._taken = Number(files.folder / "taken")
+        self._is_limited = limits.max_size is not None or limits.min_free is not None
+        # Held by the one thread of this process that evicts.
+        self._evicting = threading.Lock()
+        self._lock = threading.Lock()
+        # Protected by _lock.
+        self._untold = 0
+        self._waiting: Future[None] | None = None
+        self._refused: str | None = None
+        self._closing = threading.Event()
+        self._woken = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def close(self) -> None:
+        """End what waits."""
+        self._closing.set()
+        self._woken.set()
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout=10)
+
+    # --- as bytes come
+
+    def write(self, file: DataFile, pieces: Sequence[bytes | memoryview], offset: int) -> None:
+        """Write; where the disk is full evict and try again, then raise ENOSPC."""
+        try:
+            self._files.pwritev(file.descriptor, pieces, offset)
+        except OSError as error:
+            if error.errno not in NO_SPACE or not self._make_room(sum(map(len, pieces))):
+                raise
+            self._files.pwritev(file.descriptor, pieces, offset)
+
+    def reserve(self, file: DataFile, size: int, more: int) -> None:
+        """Take the space for a file of `size` bytes, `more` than it had; ENOSPC where there is no such room."""
+        most = self.limits.max_size
+        if most is not None and size > most:
+            raise failure(errno.ENOSPC, str(self._files.folder), "The file is larger than the cache may be")
+        self._tell(more)
+        try:
+            if self._excess() > 0:
+                self.evict()
+            if self._files.free() < more and not self._make_room(more):
+                raise failure(errno.ENOSPC, str(self._files.folder))
+            self._files.reserve(file.descriptor, size)
+        except BaseException:
+            self._tell(-more)
+            raise
+
+    def grow(self, size: int) -> None:
+        """Count bytes that were written, or are about to be. Quick; where they are too many, room is made elsewhere."""
+        with self._lock:
+            self._untold += size
+            if self._untold < STEP:
+                return
+            told, self._untold = self._untold, 0
+        self._tell(told)
+        if self._is_limited and self._excess() > 0:
+            self._start_waiting()
+
+    def freed(self, size: int) -> None:
+        """Count bytes that are gone from the disk, and wake who waits for room."""
+        if size:
+            self._tell(-size)
+            self._woken.set()
+
+    def check(self) -> None:
+        """Raise ENOSPC once waiting for room has been in vain."""
+        refused = self._refused
+        if refused is not None:
+            if self._excess() > 0:
+                raise failure(errno.ENOSPC, str(self._files.folder), refused)
+            self._refused = None
+
+    def pressure(self) -> Future[None] | None:
+        """Return what is done when there is room again, or when there will not be; None where there is."""
+        with self._lock:
+            waiting = self._waiting
+            if waiting is None:
+                return None
+            # One each: who is cancelled does not cancel the others.
+            mine: Future[None] = Future()
+        waiting.add_done_callback(lambda _: _done(mine))
+        return mine
+
+    def _excess(self) -> int:
+        if not self._is_limited:
+            return 0
+        return self.limits.excess(self._taken.value, self._files.free())
+
+    def _tell(self, size: int) -> None:
+        if self._is_limited:
+            self._taken.add(size)
+
+    # --- waiting for room
+
+    def _start_waiting(self) -> None:
+        with self._lock:
+            if self._waiting is not None or self._refused is not None or self._closing.is_set():
+                return
+            self._waiting = Future()
+            self._thread = threading.Thread(target=self._wait_for_room, name="ftpvfs-room", daemon=True)
+            self._thread.start()
+
+    def _wait_for_room(self) -> None:
+        """Make room, or wait until write-back has made some; then let all who wait go on."""
+        refused = None
+        try:
+            self._make_room(0)
+            waited = 0.0
+            while self._excess() > 0 and not self._closing.is_set():
+                if not self._dirty():
+                    refused = "The cache is full of files that are being written"
+                    break
+                if waited >= PATIENCE:
+                    refused = "The cache is full of files that are not in the store yet"
+                    break
+                if not self._woken.wait(LOOK_AGAIN):
+                    waited += LOOK_AGAIN
+                self._woken.clear()
+                self.evict()
+        except OSError as error:
+            logger.error("No room could be made in the cache: %s", error)  # noqa: TRY400
+        finally:
+            with self._lock:
+                waiting, self._waiting, self._refused = self._waiting, None, refused
+            if waiting is not None:
+                _done(waiting)
+
+    # --- eviction
+
+    def usage(self) -> Usage:
+        """Count what is on the disk. Looks at every file."""
+        return self._census().usage
+
+    def evict(self, need: int = 0) -> Evicted:
+        """Remove what is too old, and as much as the limits and `need` bytes demand. Nothing open, nothing dirty."""
+        found = Evicted()
+        with self._evicting:
+            census = self._census()
+            if self._is_limited:
+                self._taken.set(census.usage.taken)
+            left = census.candidates
+            gone = 0
+            while going := self._next(left, need, census.usage, gone):
+                for first in range(0, len(going), BATCH):
+                    gone += self._remove(going[first : first + BATCH], found)
+                tried = set(going)
+                left = [each for each in left if each not in tried]
+        found.size = gone
+        self.freed(gone)
+        if found.removed or found.removed_partials:
+            logger.info(
+                "evicted %d clean files and %d partials, %d bytes", found.removed, found.removed_partials, gone
+            )
+        return found
+
+    def _next(self, left: list[Candidate], need: int, usage: Usage, gone: int) -> list[Candidate]:
+        taken, free = usage.taken - gone + need, self._files.free() - need
+        return victims(left, self.limits, now=self._clock.time(), taken=taken, free=free)
+
+    def _make_room(self, need: int) -> bool:
+        """Evict so that `need` bytes more fit; whatever can go where the disk is full. Tell whether any went."""
+        found = self.evict(need)
+        if not found.size and need and self._files.free() < need:
+            found = self._evict_for_disk(need)
+        return found.size > 0
+
+    def _evict_for_disk(self, need: int) -> Evicted:
+        """Evict though no limit demands it, because the disk has no space."""
+        found = Evicted()
+        with self._evicting:
+            limits = Limits(min_free=need)
+            left = self._census().candidates
+            going = victims(left, limits, now=self._clock.time(), taken=0, free=self._files.free())
+            for first in range(0, len(going), BATCH):
+                found.size += self._remove(going[first : first + BATCH], found)
+        self.freed(found.size)
+        return found
+
+    def _remove(self, batch: list[Candidate], found: Evicted) -> int:
+        """Remove some files that nobody has open, records first; return the bytes that are free now."""
+        held: list[tuple[Candidate, DataFile]] = []
+        try:
+            for each in batch:
+                place = Place.CLEAN if each.kind is Kind.CLEAN else Place.INCOMING
+                file = self._files.claim(place, each.id)
+                if file is None:
+                    found.in_use += 1
+                else:
+                    held.append((each, file))
+            self._forget([each.id for each, _ in held if each.kind is Kind.CLEAN])
+            return sum(self._remove_one(each, found) for each, _ in held)
+        finally:
+            for _, file in held:
+                file.close()
+
+    def _remove_one(self, victim: Candidate, found: Evicted) -> int:
+        if victim.kind is Kind.CLEAN:
+            found.removed += 1
+            return self._files.unlink(Place.CLEAN, victim.id)
+        if not self._forget_partial(victim.id):
+            return 0
+        found.removed_partials += 1
+        size = self._files.unlink(Place.INCOMING, victim.id)
+        self._files.unlink(Place.INCOMING, victim.id + BESIDE)
+        return size
+
+    def _census(self) -> _Census:
+        clean, candidates = self._look(Place.CLEAN, Kind.CLEAN)
+        incoming, partials = self._look(Place.INCOMING, Kind.PARTIAL)
+        dirty, others = self._look(Place.DATA, None)
+        resumable = {each for each in partials if self._files.has(Place.INCOMING, each.id + BESIDE)}
+        partial = sum(each.size for each in resumable)
+        usage = Usage(
+            clean=clean,
+            dirty=dirty,
+            partial=partial,
+            incoming=incoming - partial,
+            files=len(candidates) + len(partials) + len(others),
+            free=self._files.free(),
+        )
+        return _Census(usage, [*candidates, *resumable])
+
+    def _look(self, place: Place, kind: Kind | None) -> tuple[int, list[Candidate]]:
+        """Return the bytes of all files in a place, and the files."""
+        size, found = 0, []
+        for entry in self._files.names(place):
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat(follow_symlinks=False)
+                size += status.st_blocks * 512
+                if is_id(entry.name):
+                    found.append(Candidate(kind or Kind.CLEAN, status.st_mtime, entry.name, status.st_blocks * 512))
+        return size, found
+
+
+def _done(future: Future[None]) -> None:
+    with contextlib.suppress(InvalidStateError):
+        future.set_result(None)
