@@ -165,7 +165,7 @@ class BlockwiseFile(FileUpload):
 
     def pass_on(self, offset: int, count: int) -> int:
         """Hand up to `count` bytes at `offset` to the upload; return how many."""
-        data = read_exactly(self._descriptor, offset, count, self._path)
+        data = read_exactly(self._descriptor, offset, count, self._path, code=errno.EIO)
         self._upload.write(data)
         return len(data)
 
@@ -177,13 +177,13 @@ class BlockwiseFile(FileUpload):
             raise failure(errno.ECANCELED, self._path, "The upload was called off")
 
 
-def read_exactly(descriptor: int, offset: int, count: int, path: str) -> bytes:
-    """Return `count` bytes of a file; ECHANGED where it ends before. Linux reads 2 GiB at once at most."""
+def read_exactly(descriptor: int, offset: int, count: int, path: str, *, code: int = ECHANGED) -> bytes:
+    """Return `count` bytes of a file; `code` where it ends before. Linux reads 2 GiB at once at most."""
     pieces = []
     while count:
         piece = os.pread(descriptor, count, offset)
         if not piece:
-            raise failure(ECHANGED, path, f"The file ends {count} bytes before the range that was asked for")
+            raise failure(code, path, f"The file ends {count} bytes before the range that was asked for")
         pieces.append(piece)
         offset, count = offset + len(piece), count - len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)

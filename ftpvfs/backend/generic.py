@@ -346,7 +346,7 @@ class PartOfFile(io.RawIOBase):
         if self.is_cancelled:
             raise failure(errno.ECANCELED, self._path, "The upload was called off")
         count = min(len(buffer), max(0, self._size - self._position))
-        buffer[:count] = read_exactly(self._descriptor, self._position, count, self._path)
+        buffer[:count] = read_exactly(self._descriptor, self._position, count, self._path, code=errno.EIO)
         self._position += count
         return count
 

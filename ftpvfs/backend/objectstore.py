@@ -479,7 +479,7 @@ class Slice:
 
     def read(self) -> bytes:
         """Return the bytes."""
-        return read_exactly(self.descriptor, self.start, len(self), self.path)
+        return read_exactly(self.descriptor, self.start, len(self), self.path, code=errno.EIO)
 
 
 def bytes_of(data: bytes | Slice) -> bytes:

@@ -1,0 +1,390 @@
+"""What is done at the store for one dirty path: upload or delete, and what follows when somebody else was there.
+
+One writer of a path at a time in all processes: the path is held from the first request to the last answer. A request
+whose answer did not come may still be carried out later. Uploads are conditional, so that a late one does not replace
+what came after it; a deletion is looked at once more before it counts.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+import threading
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Protocol
+
+from ftpvfs import paths
+from ftpvfs.backend.backend import ABSENT, ANY, Backend, Condition, Entry, FileUpload
+from ftpvfs.cache.records import DirtyRecord
+from ftpvfs.cache.uploadlog import UploadLog, Version
+from ftpvfs.clock import Clock
+from ftpvfs.coordination.locks import PathLocks
+from ftpvfs.errors import ECHANGED, failure
+
+logger = logging.getLogger(__name__)
+
+# Seconds for which a request whose answer is lost may still be carried out. A guess: stores work on what they have
+# received for moments, proxies in between for seconds.
+SETTLED_AFTER = 5.0
+# Larger files are compared with the store before they are sent, and not only as they are published.
+LOOK_FIRST = 16 * 2**20
+# After these nobody needs to wonder whether the store did what it was asked for.
+REFUSALS = {ECHANGED, errno.ECANCELED, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EINVAL, errno.EROFS, errno.EFBIG,
+            errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC, errno.ELOOP}  # fmt: skip
+
+
+class Outcome(enum.Enum):
+    """What became of a path's turn."""
+
+    NOTHING = "nothing was to be done"
+    STORED = "the store has the file"
+    DELETED = "the store has nothing any more"
+    LEFT = "the store keeps what somebody else has put there"
+    BESIDE = "the file is stored beside what somebody else has put there"
+    SUPERSEDED = "there is something newer to be done"
+    SETTLING = "the object is deleted, and looked at once more when a late request cannot bring it back"
+
+
+class File(Protocol):
+    """What an upload needs of an open item."""
+
+    id: str
+
+    @property
+    def descriptor(self) -> int:
+        """The data file."""
+
+    def release(self) -> None:
+        """Give the item back."""
+
+
+class DirtyFiles(Protocol):
+    """What write-back needs of the cache."""
+
+    def all_dirty(self) -> list[DirtyRecord]:
+        """Return what is to be done."""
+
+    def dirty(self, path: str) -> DirtyRecord | None:
+        """Return what is to be done at a path."""
+
+    def open_item(self, path: str, entry: Entry) -> File:
+        """Open a dirty path's data file."""
+
+    def begin(self, record: DirtyRecord) -> bool:
+        """Note durably that the store is about to be changed; False where the record is not the newest."""
+
+    def uploaded(self, record: DirtyRecord, entry: Entry) -> bool:
+        """Note that the store has the file; False where there is a newer record."""
+
+    def deleted(self, record: DirtyRecord) -> None:
+        """Note that the store has nothing at the path."""
+
+    def failed(self, record: DirtyRecord, error: OSError, due: float) -> None:
+        """Note that it did not work, and when it is tried again."""
+
+    def forget_item(self, path: str) -> None:
+        """Drop what is cached of a clean path."""
+
+
+class Turn:
+    """One path's turn: what is sent at the moment, and whether it still should be. Any thread."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        # What this turn works on; set by the one thread that does.
+        self.record: DirtyRecord | None = None
+        self._lock = threading.Lock()
+        # Protected by _lock.
+        self._upload: FileUpload | None = None
+        self._is_cancelled = False
+
+    def is_cancelled(self) -> bool:
+        """Tell whether `cancel` was called."""
+        return self._is_cancelled
+
+    @property
+    def sent(self) -> int:
+        """Bytes that are on their way or at the store."""
+        upload = self._upload
+        return upload.sent if upload is not None else 0
+
+    def send(self, upload: FileUpload) -> Entry:
+        """Send a file, unless the turn is called off."""
+        with self._lock:
+            self._upload = upload
+            if self._is_cancelled:
+                upload.cancel()
+        return upload.send()
+
+    def cancel(self) -> None:
+        """Call the turn off; what is under way ends at the next part, or as it would."""
+        with self._lock:
+            self._is_cancelled = True
+            if self._upload is not None:
+                self._upload.cancel()
+
+
+class Storing:
+    """Brings the store to what the cache wants of it, one path at a time. Any thread.
+
+    `changed(path, entry)` says what the store has by now, `stored(record, path, entry)` that a file has got there.
+    """
+
+    def __init__(
+        self,
+        cache: DirtyFiles,
+        backend: Backend,
+        *,
+        locks: PathLocks,
+        log: Callable[[], UploadLog],
+        policy: str,
+        clock: Clock,
+        changed: Callable[[str, Entry | None], None],
+        stored: Callable[[DirtyRecord, str, Entry], None],
+    ) -> None:
+        self._cache = cache
+        self._backend = backend
+        self._locks = locks
+        self._log = log
+        self._policy = policy
+        self._clock = clock
+        self._changed = changed
+        self._stored = stored
+        self._lock = threading.Lock()
+        # Protected by _lock. When a request last ended without an answer, by path.
+        self._doubtful: dict[str, float] = {}
+        # Versions that may have got to the store although nobody said so, by path.
+        self._sent: dict[str, list[Version]] = {}
+
+    def doubt(self, path: str) -> None:
+        """Reckon with a request that is under way still: of a process that was killed, or whose answer is lost."""
+        with self._lock:
+            self._doubtful[path] = self._clock.monotonic()
+
+    def bring(self, turn: Turn) -> Outcome:
+        """Do what is to be done at the path. Raises what the store says; nothing is under way any more on return."""
+        with self._locks.hold(turn.path):
+            record = self._cache.dirty(turn.path)
+            if record is None:
+                return Outcome.NOTHING
+            turn.record = record
+            if turn.is_cancelled() or not self._cache.begin(record):
+                return Outcome.SUPERSEDED
+            try:
+                return self._delete(record) if record.is_tombstone else self._upload(record, turn)
+            except OSError as error:
+                if error.errno == errno.ECANCELED and turn.is_cancelled():
+                    return Outcome.SUPERSEDED
+                if error.errno not in REFUSALS:
+                    self.doubt(record.path)
+                raise
+
+    # --- uploads
+
+    def _upload(self, record: DirtyRecord, turn: Turn) -> Outcome:
+        name = paths.split(record.path)[1]
+        item = self._cache.open_item(record.path, Entry(name, False, record.size, record.mtime))
+        try:
+            if item.id != record.id:
+                return Outcome.SUPERSEDED
+            return self._send(record, item.descriptor, turn)
+        finally:
+            item.release()
+
+    def _send(self, record: DirtyRecord, descriptor: int, turn: Turn) -> Outcome:
+        replaces = _condition(record)
+        try:
+            if record.size > LOOK_FIRST:
+                self._backend.require(record.path, replaces)
+            entry = self._put(record, descriptor, turn, replaces)
+        except OSError as error:
+            if error.errno != ECHANGED or replaces is ANY:
+                raise
+            return self._send_in_conflict(record, descriptor, turn)
+        return self._is_stored(record, entry)
+
+    def _put(self, record: DirtyRecord, descriptor: int, turn: Turn, replaces: Condition) -> Entry:
+        self._note_sent(record)
+        try:
+            return self._put_at(record.path, record, descriptor, turn, replaces)
+        except FileNotFoundError:
+            if not self._backend.capability.real_directories or "/" not in record.path:
+                raise
+            self._make_folder(paths.split(record.path)[0])
+            return self._put_at(record.path, record, descriptor, turn, replaces)
+
+    def _put_at(
+        self, path: str, record: DirtyRecord, descriptor: int, turn: Turn, replaces: Condition
+    ) -> Entry:
+        upload = self._backend.upload_file(path, descriptor, record.size, mtime=record.mtime, replaces=replaces)
+        return turn.send(upload)
+
+    def _make_folder(self, path: str) -> None:
+        """Make a folder that somebody has removed under a file that waits, and those above it."""
+        for folder in reversed([path, *paths.ancestors(path)]):
+            if folder:
+                try:
+                    self._backend.mkdir(folder)
+                except OSError as error:
+                    if error.errno != errno.EEXIST and not self._is_folder(folder):
+                        raise
+
+    def _is_folder(self, path: str) -> bool:
+        found = self._found(path)
+        return found is not None and found.is_dir
+
+    def _is_stored(self, record: DirtyRecord, entry: Entry) -> Outcome:
+        self._stored(record, record.path, entry)
+        is_newest = self._cache.uploaded(record, entry)
+        self._forget_sent(record.path)
+        self._changed(record.path, entry)
+        return Outcome.STORED if is_newest else Outcome.SUPERSEDED
+
+    # --- conflicts
+
+    def _send_in_conflict(self, record: DirtyRecord, descriptor: int, turn: Turn) -> Outcome:
+        found = self._found(record.path)
+        if found is not None and self._is_ours(record.path, found):
+            entry = self._put(record, descriptor, turn, found.fingerprint or ANY)
+        elif self._policy == "overwrite":
+            logger.warning("%r was changed at the store by others, and is overwritten (--vfs-conflict)", record.path)
+            entry = self._put(record, descriptor, turn, ANY)
+        elif self._policy == "fail":
+            raise _refused(record.path, found)
+        elif found is None:
+            entry = self._put(record, descriptor, turn, ABSENT)
+        else:
+            return self._send_beside(record, descriptor, turn, found)
+        return self._is_stored(record, entry)
+
+    def _send_beside(self, record: DirtyRecord, descriptor: int, turn: Turn, found: Entry) -> Outcome:
+        """Store the file under another name; the name is the same after a crash."""
+        beside = conflict_name(record.path, record.since)
+        entry = self._put_at(beside, record, descriptor, turn, ABSENT)
+        logger.warning("%r was changed at the store by others; the file uploaded here is %r", record.path, beside)
+        self._stored(record, beside, entry)
+        # The entry is another path's, so that nobody takes the bytes for what the store has at this one.
+        is_newest = self._cache.uploaded(record, entry)
+        if is_newest:
+            self._cache.forget_item(record.path)
+        self._forget_sent(record.path)
+        self._changed(beside, entry)
+        self._changed(record.path, found)
+        return Outcome.BESIDE if is_newest else Outcome.SUPERSEDED
+
+    def _found(self, path: str) -> Entry | None:
+        try:
+            return self._backend.stat(path)
+        except FileNotFoundError:
+            return None
+
+    def _is_ours(self, path: str, found: Entry) -> bool:
+        """Tell whether the object is a version that was sent from here, whose answer was lost."""
+        if found.is_dir:
+            return False
+        with self._lock:
+            known = list(self._sent.get(path, ()))
+        if self._policy != "overwrite":
+            known += self._log().sent(path)
+        keeps_times = self._backend.capability.sets_mtime
+        return any(
+            found.size == size and (not keeps_times or found.mtime is None or abs(found.mtime - mtime) < 1e-6)
+            for size, mtime in known
+        )
+
+    def _note_sent(self, record: DirtyRecord) -> None:
+        """Remember what is about to be sent; on the disk where a mistake would be more than a line in the log."""
+        version = (record.size, record.mtime)
+        with self._lock:
+            known = self._sent.setdefault(record.path, [])
+            if version not in known:
+                known.append(version)
+        if self._policy != "overwrite":
+            self._log().add_sent(record.path, version)
+
+    def _forget_sent(self, path: str) -> None:
+        with self._lock:
+            self._sent.pop(path, None)
+            self._doubtful.pop(path, None)
+        if self._policy != "overwrite":
+            self._log().forget_sent(path)
+
+    # --- deletions
+
+    def _delete(self, record: DirtyRecord) -> Outcome:
+        path = record.path
+        try:
+            self._remove(record)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno != ECHANGED:
+                raise
+            found = self._found(path)
+            if found is not None and not found.is_dir and not self._remove_in_conflict(record, found):
+                return self._is_left(record, found)
+        if self._may_come_back(path):
+            return Outcome.SETTLING
+        self._cache.deleted(record)
+        self._forget_sent(path)
+        self._changed(path, None)
+        return Outcome.DELETED
+
+    def _remove(self, record: DirtyRecord) -> None:
+        replaces = _condition(record)
+        if isinstance(replaces, str):
+            self._backend.remove(record.path, only=replaces)
+        elif replaces is ABSENT:
+            self._backend.require(record.path, ABSENT)
+        else:
+            self._backend.remove(record.path)
+
+    def _remove_in_conflict(self, record: DirtyRecord, found: Entry) -> bool:
+        """Remove another version than the one that was deleted here, or return False where it is to stay."""
+        if self._is_ours(record.path, found):
+            self._backend.remove(record.path, only=found.fingerprint)
+            return True
+        if self._policy == "fail":
+            raise _refused(record.path, found)
+        if self._policy == "keep-both":
+            return False
+        if not record.attempted:
+            logger.warning("%r was changed at the store by others, and is deleted (--vfs-conflict)", record.path)
+        self._backend.remove(record.path)
+        return True
+
+    def _is_left(self, record: DirtyRecord, found: Entry) -> Outcome:
+        logger.warning("%r was changed at the store by others; it stays, though it was deleted here", record.path)
+        self._cache.deleted(record)
+        self._forget_sent(record.path)
+        self._changed(record.path, found)
+        return Outcome.LEFT
+
+    def _may_come_back(self, path: str) -> bool:
+        """Tell whether a request that was sent before may still bring the object back."""
+        with self._lock:
+            since = self._doubtful.get(path)
+        return since is not None and self._clock.monotonic() - since < SETTLED_AFTER
+
+
+def _condition(record: DirtyRecord) -> Condition:
+    if not record.base_known:
+        return ANY
+    return ABSENT if record.base is None else record.base
+
+
+def _refused(path: str, found: Entry | None) -> OSError:
+    what = "is gone from the store" if found is None else "was changed at the store by others"
+    return failure(ECHANGED, path, f"The file {what}, and --vfs-conflict is fail")
+
+
+def conflict_name(path: str, moment: float) -> str:
+    """Return the path under which a file is stored when another one came first.
+
+    >>> conflict_name("a/b.txt", 0)
+    'a/b.txt (conflict 1970-01-01 00-00-00)'
+    """
+    date = datetime.fromtimestamp(moment, timezone.utc).strftime("%Y-%m-%d %H-%M-%S")
+    return f"{path} (conflict {date})"
