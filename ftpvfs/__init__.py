@@ -3,6 +3,7 @@
 from ftpvfs.authorizer import VFSAuthorizer
 from ftpvfs.filesystem import VFSFilesystem
 from ftpvfs.server.handler import TLS_VFSHandler, VFSHandler
+from ftpvfs.server.server import VFSServer
 from ftpvfs.server.transfer import TLS_VFSDTPHandler, VFSDTPHandler
 from ftpvfs.vfs.vfs import VFS
 
@@ -15,5 +16,6 @@ __all__ = [
     "VFSDTPHandler",
     "VFSFilesystem",
     "VFSHandler",
+    "VFSServer",
     "__version__",
 ]

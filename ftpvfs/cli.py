@@ -19,9 +19,6 @@ import types
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
-from pyftpdlib.ioloop import IOLoop
-from pyftpdlib.servers import ThreadedFTPServer
-
 from ftpvfs import __version__
 from ftpvfs.authorizer import ALL, READ, VFSAuthorizer
 from ftpvfs.config import (
@@ -36,6 +33,7 @@ from ftpvfs.config import (
 )
 from ftpvfs.filesystem import VFSFilesystem
 from ftpvfs.server.handler import VFSHandler
+from ftpvfs.server.server import VFSServer
 from ftpvfs.vfs.vfs import VFS
 
 STORE_WAIT = 5.0  # seconds; how long the start waits for the store's first answer
@@ -155,13 +153,6 @@ def _log_to(options: LogOptions) -> None:
 # --- the server -----------------------------------------------------------------------------------
 
 
-class _Server(ThreadedFTPServer):
-    """Sessions in daemon threads, so that one which waits for a dead store does not keep the process."""
-
-    def _start_task(self, *args: object, **keywords: object) -> threading.Thread:
-        return threading.Thread(*args, **keywords, daemon=True)  # type: ignore[arg-type]
-
-
 def _listen(address: Address) -> socket.socket:
     """A listening socket. No host means every interface, both IPv4 and IPv6; a name prefers its IPv4 address,
     because clients that know PASV alone need one.
@@ -231,7 +222,7 @@ def _reason(error: BaseException) -> str:
 
 def _run(config: Config, vfs: VFS, listener: socket.socket) -> None:
     """Serve until a signal ends it."""
-    server = _Server(listener, _handler(config, vfs), ioloop=IOLoop())
+    server = VFSServer(listener, _handler(config, vfs))
     address = Address(*listener.getsockname()[:2])
     warning = open_to_all(config, address)
     if warning:

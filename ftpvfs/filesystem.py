@@ -15,7 +15,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, ClassVar, TypeVar
 
 from pyftpdlib.exceptions import FilesystemError
@@ -27,9 +27,11 @@ from ftpvfs.errors import failure, reason_of
 from ftpvfs.vfs.dircache import Listing
 from ftpvfs.vfs.handle import Handle, WriteHandle
 from ftpvfs.vfs.vfs import VFS
+from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 # The facts of MLSx lines (RFC 3659, section 7.5), and how each is written.
 MLSX_FACTS = {
@@ -49,6 +51,8 @@ SIX_MONTHS = 180 * DAY
 # A listing that does not change is rendered once, unless keeping its text costs more than making it.
 KEPT_RENDERING = 4 * 2**20
 PIECE = 16 * 1024
+# Entries that are rendered while others wait for the event loop: 3 microseconds each.
+RENDERED_AT_ONCE = 1000
 
 
 # (name, what files and folders have in common, size, modification time, inode) -> the line of a listing
@@ -124,6 +128,13 @@ class VFSFilesystem(AbstractedFS):
             self.cmd_channel.failure = error
         logger.debug("%s", error)
 
+    def _call(self, call: Callable[..., T], *arguments: Any, changes: bool = False) -> T:
+        """Make a call that may have to wait for the store; on a `VFSServer` others are served meanwhile."""
+        offload = getattr(self.cmd_channel, "offload", None)
+        if offload is None:
+            return call(*arguments)
+        return offload(self.vfs, partial(call, *arguments), changes=changes)  # type: ignore[no-any-return]
+
     # --- paths
 
     def ftpnorm(self, ftppath: str) -> str:
@@ -153,8 +164,10 @@ class VFSFilesystem(AbstractedFS):
     def open(self, filename: str, mode: str) -> Any:
         if "r" not in mode or "+" in mode:
             self._make_home()
-        handle = self.vfs.open(self._path(filename), mode, name=filename, autocommit=False)
-        return self._for_channel(handle)
+        return self._for_channel(self._call(self._open, filename, mode))
+
+    def _open(self, filename: str, mode: str) -> Handle:
+        return self.vfs.open(self._path(filename), mode, name=filename, autocommit=False)
 
     def _for_channel(self, handle: Handle) -> Any:
         return handle if self._commits() else StockFile(handle, self.cmd_channel)
@@ -165,34 +178,33 @@ class VFSFilesystem(AbstractedFS):
         folder = self.root if dir is None else dir
         for _ in range(50):
             name = posixpath.join(folder, f"{prefix}{secrets.token_hex(4)}{suffix}")
-            if not self.vfs.exists(self._path(name)):
-                handle = self.vfs.open(self._path(name), "xb", name=name, autocommit=False)
-                return self._for_channel(handle)
+            if not self._call(self.vfs.exists, self._path(name)):
+                return self._for_channel(self._call(self._open, name, "xb"))
         raise failure(errno.EEXIST, folder, "No usable unique file name found")
 
     def _make_home(self) -> None:
         """Make the user's home before something is first written below it; a bucket's homes need no set-up."""
         if not self._home_is_there:
-            self.vfs.makedirs(self._path(self.root))
+            self._call(self.vfs.makedirs, self._path(self.root), changes=True)
             self._home_is_there = True
 
     # --- folders and files
 
     @answered
     def chdir(self, path: str) -> None:
-        if path != self.root and not self.vfs.lookup(self._path(path)).is_dir:
+        if path != self.root and not self._call(self.vfs.lookup, self._path(path)).is_dir:
             raise failure(errno.ENOTDIR, path)
         self.cwd = self.fs2ftp(path)
 
     @answered
     def mkdir(self, path: str) -> None:
         self._make_home()
-        self.vfs.mkdir(self._path(path))
+        self._call(self.vfs.mkdir, self._path(path), changes=True)
 
     @answered
     def listdir(self, path: str) -> Names:
         try:
-            return Names(self.vfs.timed_listing(self._path(path)))
+            return self._call(self._names, self._path(path))
         except FileNotFoundError:
             if path != self.root:
                 raise
@@ -200,19 +212,22 @@ class VFSFilesystem(AbstractedFS):
 
     listdirinfo = listdir
 
+    def _names(self, path: str) -> Names:
+        return Names(self.vfs.timed_listing(path))
+
     @answered
     def rmdir(self, path: str) -> None:
-        self.vfs.rmdir(self._path(path))
+        self._call(self.vfs.rmdir, self._path(path), changes=True)
 
     @answered
     def remove(self, path: str) -> None:
-        self.vfs.remove(self._path(path))
+        self._call(self.vfs.remove, self._path(path), changes=True)
 
     @answered
     def rename(self, src: str, dst: str) -> None:
         if dst == self.root:
             raise failure(errno.EINVAL, dst, "The home folder cannot be replaced")
-        self.vfs.rename(self._path(src), self._path(dst))
+        self._call(self.vfs.rename, self._path(src), self._path(dst), changes=True)
 
     @answered
     def chmod(self, path: str, mode: int) -> None:
@@ -220,14 +235,14 @@ class VFSFilesystem(AbstractedFS):
 
     @answered
     def utime(self, path: str, timeval: float) -> None:
-        self.vfs.utime(self._path(path), (timeval, timeval))
+        self._call(self.vfs.utime, self._path(path), (timeval, timeval), changes=True)
 
     # --- looking
 
     @answered
     def stat(self, path: str) -> Any:
         try:
-            return self.vfs.stat(self._path(path))
+            return self._call(self.vfs.stat, self._path(path))
         except FileNotFoundError:
             if path != self.root:
                 raise
@@ -237,27 +252,27 @@ class VFSFilesystem(AbstractedFS):
 
     @answered
     def getsize(self, path: str) -> int:
-        return self.vfs.lookup(self._path(path)).size
+        return self._call(self.vfs.lookup, self._path(path)).size
 
     @answered
     def getmtime(self, path: str) -> float:
-        return float(self.vfs.stat(self._path(path)).st_mtime)
+        return float(self._call(self.vfs.stat, self._path(path)).st_mtime)
 
     # pyftpdlib asks these outside its own error handling, where an exception ends the session. When the store cannot be
     # asked they say yes, and the call that follows, which is guarded, tells the client why.
 
     def isfile(self, path: str) -> bool:
-        return self._asked(lambda: self.vfs.isfile(self._path(path)))
+        return self._asked(self.vfs.isfile, path)
 
     def isdir(self, path: str) -> bool:
-        return path == self.root or self._asked(lambda: self.vfs.isdir(self._path(path)))
+        return path == self.root or self._asked(self.vfs.isdir, path)
 
     def lexists(self, path: str) -> bool:
-        return path == self.root or self._asked(lambda: self.vfs.exists(self._path(path)))
+        return path == self.root or self._asked(self.vfs.exists, path)
 
-    def _asked(self, question: Callable[[], bool]) -> bool:
+    def _asked(self, question: Callable[[str], bool], path: str) -> bool:
         try:
-            return question()
+            return self._call(question, self._path(path))
         except OSError as error:
             logger.debug("%s", error)
             return error.errno not in {errno.EINVAL, errno.ENAMETOOLONG}
@@ -310,14 +325,16 @@ class VFSFilesystem(AbstractedFS):
         if isinstance(listing, Names) and listing == listing.listing.names:
             text = listing.listing.rendered.get(key)
             if text is None:
-                text = self._render(basedir, listing.listing, line)
+                text = self._call(self._render, basedir, listing.listing, line, self._encoding)
                 if len(text) <= KEPT_RENDERING:
                     listing.listing.rendered[key] = text
             return iter([text[start : start + PIECE] for start in range(0, len(text), PIECE)])
         # Evaluated now, not when the data connection asks: pyftpdlib handles errors here and nowhere later.
         return iter([self._encode(self._one_line(basedir, name, line, ignore_err)) for name in listing])
 
-    def _render(self, basedir: str, listing: Listing, line: Line) -> bytes:
+    def _render(self, basedir: str, listing: Listing, line: Line, encoding: tuple[str, str]) -> bytes:
+        if len(listing) > RENDERED_AT_ONCE:
+            about_to_wait(Wait.DISK)  # not quite, but it takes as long
         # All files of a listing share what is not in their entries; a stat_result for each would double the time.
         prefix, vfs = paths.join(self._path(basedir), ""), self.vfs
         file, folder = (vfs.stat_entry("", Entry("", is_dir)) for is_dir in (False, True))
@@ -331,7 +348,7 @@ class VFSFilesystem(AbstractedFS):
             )
             for entry in listing
         ]
-        return self._encode("".join(lines))
+        return "".join(lines).encode(*encoding)
 
     def _one_line(self, basedir: str, name: str, line: Line, ignore_err: bool) -> str:
         try:

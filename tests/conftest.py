@@ -468,7 +468,7 @@ def make_vfs() -> Iterator[Callable[..., Any]]:
 def ftp_server(make_vfs: Callable[..., Any]) -> Iterator[Callable[..., tuple[str, int]]]:
     """serve(vfs or store, ...) -> address of an FTP server in a thread of this process.
 
-    Keywords: `server_class` (ThreadedFTPServer), `handler` (VFSHandler; any FTPHandler class), `users`
+    Keywords: `server_class` (VFSServer), `handler` (VFSHandler; any FTPHandler class), `users`
     ({name: password}; anonymous without), `home`, `perm`, `authorizer` instead of these three, `attributes`
     (of the handler class), and for a store the options of its VFS.
     """
@@ -515,13 +515,38 @@ def _handler_class(vfs: Any, handler: type | None, authorizer: Any, attributes: 
     return type(base.__name__, (base,), {"abstracted_fs": filesystem, "authorizer": authorizer, **attributes})
 
 
+# Seconds for which one turn of our event loop may keep the other sessions waiting; a busy machine takes some of them.
+LONGEST_TURN = 2.0
+
+
 @contextlib.contextmanager
 def serving(server_class: type | None, handler_class: type) -> Iterator[Any]:
-    """A pyftpdlib server with a loop and a thread of its own."""
-    from pyftpdlib.ioloop import IOLoop
-    from pyftpdlib.servers import ThreadedFTPServer
+    """A server with a loop and a thread of its own; of ours, no turn of the loop may have taken long."""
+    from ftpvfs import VFSServer
 
-    server = _own_class(server_class or ThreadedFTPServer)((HOST, 0), handler_class, ioloop=IOLoop())
+    if server_class is not None and not issubclass(server_class, VFSServer):
+        with serving_pyftpdlibs(server_class, handler_class) as server:
+            yield server
+        return
+    server = (server_class or VFSServer)((HOST, 0), handler_class)
+    server.ioloop.debug_slow_turn = LONGEST_TURN
+    thread = threading.Thread(target=lambda: server.serve_forever(handle_exit=False), name="ftp-server")
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join()
+    assert not server.ioloop.slow_turns, server.ioloop.slow_turns[0]
+    assert not server.ioloop.offload.parked
+
+
+@contextlib.contextmanager
+def serving_pyftpdlibs(server_class: type, handler_class: type) -> Iterator[Any]:
+    """A server of pyftpdlib's own classes."""
+    from pyftpdlib.ioloop import IOLoop
+
+    server = _own_class(server_class)((HOST, 0), handler_class, ioloop=IOLoop())
     is_stopped = threading.Event()
 
     def loop() -> None:

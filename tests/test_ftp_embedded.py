@@ -41,6 +41,16 @@ def vfs_authorizer() -> VFSAuthorizer:
     return authorizer
 
 
+@pytest.fixture
+def ftp_server(ftp_server: Serve) -> Serve:
+    """As everywhere, but with a server of pyftpdlib's own where the test names none."""
+
+    def serve(served: Any, *, server_class: type = ThreadedFTPServer, **keywords: Any) -> tuple[str, int]:
+        return ftp_server(served, server_class=server_class, **keywords)
+
+    return serve
+
+
 @pytest.fixture(params=["local", "s3"])
 def store(request: pytest.FixtureRequest, make_store: Any) -> Store:
     made: Store = make_store(request.param)
@@ -81,6 +91,30 @@ def test_files_go_up_and_down(
         assert reply(ftp, "CWD ..").startswith("250 ")
         assert reply(ftp, "RMD folder").startswith("250 ")
         assert reply(ftp, "SIZE missing").startswith("550 ")
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_our_handler_serves_there_as_well(store: Store, ftp_server: Serve, server: type) -> None:
+    store.write("a", OLD)
+    with connect(ftp_server(store, server_class=server)) as ftp:
+        assert upload(ftp, "b", DATA).startswith("226 ")
+        assert store.read("b") == DATA
+        assert download(ftp, "b") == DATA
+        assert names(ftp) == {"a", "b"}
+        lines: list[str] = []
+        ftp.retrlines("RETR a", lines.append)
+        assert lines == [OLD.decode()]
+        ftp.voidcmd("TYPE I")
+        with open_transfer(ftp, "STOR a") as with_data:
+            with_data.sendall(DATA)
+            assert reply(ftp, "ABOR").startswith("426 ")
+            assert last_reply(ftp).startswith("226 ")
+        reset_one = open_transfer(ftp, "STOR a")
+        reset_one.sendall(DATA)
+        reset(reset_one)
+        assert last_reply(ftp).startswith("426 ")
+        assert store.read("a") == OLD
+        assert reply(ftp, "DELE b").startswith("250 ")
 
 
 @pytest.mark.parametrize("server", SERVERS)

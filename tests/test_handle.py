@@ -445,10 +445,13 @@ class FailingUpload:
         self.taken = b""
         self.aborted = 0
 
-    def write(self, data: bytes | memoryview) -> None:
+    def accept(self, data: bytes | memoryview) -> None:
         if self.write_error is not None:
             raise self.write_error
         self.taken += data
+
+    def pressure(self) -> None:
+        return None
 
     def commit(self) -> Entry:
         if self.commit_error is not None:

@@ -16,7 +16,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -112,6 +112,16 @@ class Upload(Protocol):
 
     def write(self, data: bytes | memoryview) -> None:
         """Take over `data`; blocks while as much as the upload may hold is still on its way."""
+        self.accept(data)
+        while (busy := self.pressure()) is not None:
+            wait([busy])
+
+    def accept(self, data: bytes | memoryview) -> None:
+        """Take over `data` without waiting for the store."""
+
+    def pressure(self) -> Future[Any] | None:
+        """Return what to await before more is accepted, None when more may come; raises what failed meanwhile."""
+        return None
 
     def commit(self) -> Entry:
         """Publish the object whole and verified; return when the store has it."""

@@ -269,7 +269,7 @@ class SpooledUpload(Upload):
         self._spool = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 - closed by commit or abort
         self._size = 0
 
-    def write(self, data: bytes | memoryview) -> None:
+    def accept(self, data: bytes | memoryview) -> None:
         self._raise_if_over()
         self._spool.write(data)
         self._size += len(data)

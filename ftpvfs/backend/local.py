@@ -258,7 +258,7 @@ class LocalUpload(Upload):
         self._temporary: str | None = None
         self._is_over = False  # committed, failed or given up
 
-    def write(self, data: bytes | memoryview) -> None:
+    def accept(self, data: bytes | memoryview) -> None:
         with self._unless_over():
             self._open()
             view = memoryview(data)

@@ -300,7 +300,7 @@ class PartsUpload(Upload):
     """An object that is sent in parts while it arrives. One thread at a time.
 
     What is smaller than one part goes in one request at `commit`. Else parts of `part_size(number)` bytes leave as soon
-    as they are full, up to `concurrency` at once; `write` blocks while no more may leave. All bytes that are held, on
+    as they are full, up to `concurrency` at once; more is to wait while no more may leave. All bytes that are held, on
     their way or not, are taken from the memory budget, which may be exceeded by the one part that is collected.
     """
 
@@ -345,12 +345,10 @@ class PartsUpload(Upload):
 
     # --- the upload's contract
 
-    def write(self, data: bytes | memoryview) -> None:
+    def accept(self, data: bytes | memoryview) -> None:
         self._raise_if_over()
         self._pieces.append(bytes(data))
         self._pending += len(data)
-        while (busy := self.pressure()) is not None:
-            busy.result()
 
     def pressure(self) -> Future[Any] | None:
         """Send what can be sent; return the future to await before more is written, or None when more may come."""

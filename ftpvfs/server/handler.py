@@ -21,8 +21,10 @@ from pyftpdlib.log import logger as session_logger
 from pyftpdlib.utils import is_ssl_sock
 
 from ftpvfs import paths
+from ftpvfs.server.commands import Commands
 from ftpvfs.server.dispatch import VFSActiveDTP, VFSPassiveDTP
-from ftpvfs.server.transfer import NO_SPACE, TLS_VFSDTPHandler, VFSDTPHandler
+from ftpvfs.server.offload import Abandoned, current_task
+from ftpvfs.server.transfer import NO_SPACE, Stage, TLS_VFSDTPHandler, VFSDTPHandler
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,8 @@ LS_OPTIONS = re.compile(r"-[aAlLFRrStdhn1]+(?: |$)")
 TIME_AND_NAME = re.compile(r"(\d{14})(?:\.\d+)? +(\S.*)")
 # How often another passive port is looked for when a session was faster with the one that was found.
 PORT_TRIES = 20
-# A name has 255 bytes at most, an S3 key 1024; pyftpdlib's limit.
-LONGEST_COMMAND = 2048
+# What begins or ends a data connection waits while the outcome of the last transfer is still being found out.
+AFTER_THE_OUTCOME = TRANSFERS | {"PASV", "EPSV", "PORT", "EPRT", "ABOR", "USER", "REIN"}
 
 
 def reply_code(error: OSError) -> int:
@@ -59,11 +61,11 @@ def reply_code(error: OSError) -> int:
     return 553 if error.errno in BAD_NAME else 550
 
 
-class VFSHandler(FTPHandler):
+class VFSHandler(Commands, FTPHandler):
     """A session over a `VFSFilesystem`; set `abstracted_fs` and `authorizer` on a subclass. Runs on its event loop."""
 
     # pyftpdlib's own.
-    _in_buffer: list[bytes]
+    _last_response: str
     data_channel: Any
     _dtp_acceptor: Any
     _dtp_connector: Any
@@ -80,11 +82,8 @@ class VFSHandler(FTPHandler):
     unicode_errors = "surrogateescape"
     auth_failed_timeout = 1
 
-    def __init__(self, conn: Any, server: Any, ioloop: Any = None) -> None:
-        # What the filesystem said about the command that runs; it decides the code of a 550.
-        self.failure: OSError | None = None
-        self._is_overlong = False
-        super().__init__(conn, server, ioloop=ioloop)
+    # What the filesystem said about the command that runs; it decides the code of a 550.
+    failure: OSError | None = None
 
     # --- replies and the log
 
@@ -93,6 +92,12 @@ class VFSHandler(FTPHandler):
         if self.failure is not None and resp[:4] in {"550 ", "450 "}:
             resp = f"{reply_code(self.failure)} {resp[4:]}"
         super().respond(resp, logfun)
+
+    def answer_transfer(self, resp: str, logfun: Any = session_logger.debug) -> None:
+        """Send the reply that ends a transfer, which is none to the command that runs meanwhile."""
+        last = self._last_response
+        super().respond(resp, logfun)
+        self._last_response = last
 
     def push(self, data: str) -> None:
         """Send text; a reply must not fail for the name in it."""
@@ -108,42 +113,35 @@ class VFSHandler(FTPHandler):
 
     # --- commands
 
-    def collect_incoming_data(self, data: bytes) -> None:
-        """Gather a command. One that is too long is dropped to its end: its tail must not run as another."""
-        if self._in_buffer_len + len(data) > LONGEST_COMMAND:
-            self._is_overlong = True
-        if not self._is_overlong:
-            super().collect_incoming_data(data)
-
-    def found_terminator(self) -> None:
-        """Run the command that has arrived."""
-        if self._is_overlong:
-            self._is_overlong = False
-            self._in_buffer, self._in_buffer_len = [], 0
-            self.respond_w_warning("500 Command too long.")
-        else:
-            super().found_terminator()
-
     def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
         """Run one command; whatever fails, it gets a reply and the session goes on."""
         self.failure = None
         self._last_response = ""
         try:
             self._run(line, cmd, arg)
+        except Abandoned:
+            if not self._closed:
+                self.respond("426 Aborted by the client.")
         except UnicodeEncodeError:
             self.respond("553 The store cannot hold a name that is not UTF-8.")
         except Exception:  # noqa: BLE001 - logged with its traceback; a bug must not end the session
+            if self._closed:  # by the client, in the middle of it
+                return
             self.log_exception(self)
-            if not self._closed and (not self._last_response or self._last_response.startswith("1")):
+            if not self._last_response or self._last_response.startswith("1"):
                 self.respond("451 Internal error.")
         finally:
-            if cmd in TRANSFERS:  # REST is for the one command after it, also when that is refused
-                self._restart_position = 0
+            if cmd in TRANSFERS and not self._closed:
+                self._restart_position = 0  # REST is for the one command after it, also when that is refused
+                if self.data_channel is None and not self._expects_data():
+                    self._drop_queued("425 There is no data connection any more.")
 
     def _run(self, line: str, cmd: str, arg: str) -> None:
         if not paths.FORBIDDEN.isdisjoint(line):
             self.respond("501 A command has no line break or NUL in it.")
             return
+        if cmd in AFTER_THE_OUTCOME:
+            self._await_outcome(cmd)
         if cmd in TRANSFERS and self.authenticated and not self._may_transfer():
             return
         if cmd in {"LIST", "NLST", "STAT"}:
@@ -155,6 +153,14 @@ class VFSHandler(FTPHandler):
             self._stat_literally(arg)
             return
         super().pre_process_command(f"{cmd} {arg}" if arg else cmd, cmd, arg)
+
+    def _await_outcome(self, cmd: str) -> None:
+        """Let the transfer that has ended get its answer first; once it is being published it cannot be aborted."""
+        task, channel = current_task(), self.data_channel
+        if task is None or not isinstance(channel, VFSDTPHandler) or channel.outcome is None:
+            return
+        if cmd != "ABOR" or channel.stage is Stage.SETTLING:
+            task.wait(channel.outcome)
 
     def _sets_time(self, cmd: str, arg: str) -> bool:
         if cmd not in {"MDTM", "MFMT"} or not TIME_AND_NAME.fullmatch(arg):
@@ -236,6 +242,10 @@ class VFSHandler(FTPHandler):
             self.respond("226 ABOR command successful.")
         else:
             self.respond("225 ABOR command successful; data channel closed.")
+
+    def _on_dtp_close(self) -> None:
+        if not self._closed:  # pyftpdlib would begin to time a session that is no more
+            super()._on_dtp_close()
 
     def ftp_QUIT(self, line: str) -> None:
         """Say goodbye, after the word on a transfer whose data connection has not come; one that runs is let finish."""

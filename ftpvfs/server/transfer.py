@@ -8,29 +8,33 @@ there. Then the file is committed, and only then 226 is sent; everything else gi
 
 from __future__ import annotations
 
+import enum
 import errno
 import logging
 import os
 import select
 import socket
 import sys
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, wait
 from typing import Any
 
 from OpenSSL import SSL
-from pyftpdlib.exceptions import _FileReadWriteError, _GiveUpOnSendfile, _RetryError
+from pyftpdlib.exceptions import _FileReadWriteError, _RetryError
 from pyftpdlib.handlers import DTPHandler, TLS_DTPHandler
 from pyftpdlib.handlers.ftp.producers import FileProducer
 from pyftpdlib.ioloop import _ERRNOS_DISCONNECTED, _ERRNOS_RETRY, AsyncChat
 from pyftpdlib.utils import is_ssl_sock
 
 from ftpvfs.errors import reason_of
+from ftpvfs.server.commands import asks_to_abort
+from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
+from ftpvfs.server.source import STEP, FileSource, NetworkText, TLSSource, ViewSource
+from ftpvfs.waiting import Wait, WouldWait, limited_to
 
 logger = logging.getLogger(__name__)
 
-# pyftpdlib moves 64 KiB a step; four times that is measurably faster, more is not.
-STEP = 256 * 1024
-# What is streamed goes out in larger steps, a few of them in one turn of the loop.
-SEND = 2**20
+# Sends of up to 1 MiB in one turn of the loop.
 SENDS = 4
 # What the client hears when a transfer failed for a reason of the store's (RFC 959, section 5.4: STOR, RETR).
 NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
@@ -40,12 +44,25 @@ FOR_GOOD = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, 
 PEEK = 4096
 
 
+class Stage(enum.Enum):
+    """How far a transfer is."""
+
+    MOVING = "bytes come or go, or are still to"
+    ENDED = "the client has ended its upload; it is seen whether it meant that"
+    SETTLING = "the file is being published, or a download verified"
+
+
 class VFSDTPHandler(DTPHandler):
-    """A data connection for files of a `VFSFilesystem`. Runs on the session's event loop."""
+    """A data connection for files of a `VFSFilesystem`. Runs on the session's event loop.
+
+    On a `VFSServer`'s loop it never waits: it sleeps while a file has no bytes yet or cannot take more, and what may
+    take long at the end of a transfer is a task. On pyftpdlib's own servers the calls just block.
+    """
 
     # pyftpdlib's own.
     _lastdata: int
     _resp: Any
+    file_obj: Any
     # Tells the filesystem that `commit` is called, so that closing alone need not publish.
     commits = True
     # Seconds for which an upload that has ended waits for the end of the control connection. A client that is killed
@@ -56,16 +73,60 @@ class VFSDTPHandler(DTPHandler):
     ac_in_buffer_size = STEP
     ac_out_buffer_size = STEP
 
+    # pyftpdlib's, for a TLS handshake that is under way; on a plain connection there is none.
+    _ssl_accepting = False
+    stage = Stage.MOVING
+    # Done when the transfer has got its answer; None before its end has begun.
+    outcome: Future[None] | None = None
+    # Where the bytes of a file come from that is sent.
+    _source: FileSource | ViewSource | None = None
+    # What a thread does for the transfer before it can go on.
+    _errand: Task | None = None
+
     @property
     def is_busy(self) -> bool:
         """Whether a command has said what the connection is for; from then on it owes the client one reply."""
         return bool(self._initialized)
+
+    @property
+    def _offload(self) -> Offload | None:
+        """What keeps this loop from waiting; None on a loop that may."""
+        return getattr(self.ioloop, "offload", None)
+
+    @property
+    def _store(self) -> Hashable:
+        """Whose threads do what has to wait."""
+        return getattr(self.cmd_channel.fs, "vfs", None)
 
     def readable(self) -> bool:
         """Tell the loop whether to read. Bytes, or an end, that come before the command wait in the kernel for it."""
         if not self._initialized:
             self.del_channel()
         return bool(self.receive)
+
+    # --- sleeping
+
+    def _sleep(self, future: Future[Any]) -> None:
+        """Neither read nor write until the future is done. The end of a broken connection is heard all the same."""
+        self._want(0)
+        loop = self.ioloop
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._wake))
+
+    def _wake(self) -> None:
+        if self._closed or self.stage is not Stage.MOVING:
+            return
+        try:
+            if self.receive:
+                self._read_on()
+            else:
+                self._want(self.ioloop.WRITE)
+                self.handle_write_event()
+        except Exception:  # noqa: BLE001 - answered there
+            self.handle_error()
+
+    def _want(self, events: int) -> None:
+        self._wanted_io_events = events
+        self.modify_ioloop_events(events)
 
     # --- uploads
 
@@ -101,27 +162,70 @@ class VFSDTPHandler(DTPHandler):
         self.tot_bytes_received += len(chunk)
         if self._data_wrapper is not None:
             chunk = self._data_wrapper(chunk)
-        self.file_obj.write(chunk)
+        if self._offload is None or not hasattr(self.file_obj, "accept"):
+            self.file_obj.write(chunk)
+            return
+        self.file_obj.accept(chunk)
+        busy = self.file_obj.pressure()
+        if busy is not None:
+            self._sleep(busy)
+
+    def _read_on(self) -> None:
+        """Read again, unless the file still cannot take more."""
+        busy = self.file_obj.pressure()
+        if busy is not None:
+            self._sleep(busy)
+        else:
+            self._want(self.ioloop.READ)
 
     def _end_upload(self) -> None:
-        if not is_alive(self.cmd_channel, self.patience):
+        """The data connection has ended cleanly; see whether the control connection goes on."""
+        self.stage = Stage.ENDED
+        self.outcome = Future()
+        self.del_channel()
+        if self._offload is None or not self.patience:
+            self._commit_if_meant(self.patience)
+        else:
+            self.call_later(self.patience, self._commit_if_meant)
+
+    def _commit_if_meant(self, patience: float = 0.0) -> None:
+        if not is_alive(self.cmd_channel, patience):
             self.break_off("The control connection is gone")
         elif wants_to_abort(self.cmd_channel):
             self.break_off("Aborted by the client")
         else:
-            self._commit()
+            self._settle(self._publish)
 
-    def _commit(self) -> None:
-        """Publish the file; the reply says what came of it."""
+    def _publish(self) -> None:
+        if self._had_cr:  # pyftpdlib keeps a CR back to see whether an LF follows, and forgets the last one
+            self.file_obj.write(b"\r")
+        commit = getattr(self.file_obj, "commit", self.file_obj.close)
+        commit()
+
+    def _settle(self, last_step: Callable[[], object]) -> None:
+        """Do what may take a while and decides about the transfer; then answer it."""
+        self.stage = Stage.SETTLING
+        offload = self._offload
+        if offload is None:
+            self._settled(last_step)
+        else:
+            store = self._store
+            task = offload.task(lambda: self._settled(lambda: task.call(store, last_step, changes=True)))
+            task.start()
+
+    def _settled(self, last_step: Callable[[], object]) -> None:
         try:
-            if self._had_cr:  # pyftpdlib keeps a CR back to see whether an LF follows, and forgets the last one
-                self.file_obj.write(b"\r")
-            commit = getattr(self.file_obj, "commit", self.file_obj.close)
-            commit()
+            last_step()
         except OSError as error:
             self._resp = (failure_reply(error), logger.warning)
+        except Abandoned:  # the server ends; a thread still has the file
+            self.file_obj = None
+        except Exception:  # noqa: BLE001 - logged with its traceback; the client hears that it failed
+            self.log_exception(self)
+            self._resp = ("451 Internal error; transfer aborted.", logger.warning)
         else:
             self._succeed()
+        self.stage = Stage.ENDED
         self.close()
 
     # --- downloads
@@ -129,85 +233,134 @@ class VFSDTPHandler(DTPHandler):
     def push_with_producer(self, producer: Any) -> None:
         """Send a file without copying its bytes, unless ASCII type rewrites them."""
         if isinstance(producer, FileProducer):
-            if producer.type == "a":
-                producer = ASCIIProducer(producer.file, self.ac_out_buffer_size)
-            elif hasattr(producer.file, "take_views") and not is_ssl_sock(self.socket):
-                self._begin_views(producer.file)
+            if hasattr(producer.file, "take_views"):
+                self._send_from(self._source_of(producer.file, producer.type))
                 return
-            elif hasattr(producer.file, "take") and not self.use_sendfile():
-                producer = ViewProducer(producer.file, self.ac_out_buffer_size)
+            if producer.type == "a":
+                producer = TextProducer(producer.file, self.ac_out_buffer_size)
         super().push_with_producer(producer)
 
-    def _begin_views(self, file: Any) -> None:
-        self._initialized = True
-        self.modify_ioloop_events(self.ioloop.WRITE)
-        self._wanted_io_events = self.ioloop.WRITE
-        self._file = file
-        self._views: list[memoryview] = []
-        self.initiate_send = self.initiate_views
-        self.initiate_views()
+    def _source_of(self, file: Any, kind: str) -> FileSource | ViewSource:
+        is_text = kind == "a"
+        is_tls = is_ssl_sock(self.socket)
+        if not is_text and not is_tls and self.cmd_channel.use_sendfile and file.descriptor() is not None:
+            return FileSource(file, self)
+        source = TLSSource if is_tls else ViewSource
+        return source(file, self, NetworkText() if is_text else None)
 
-    def initiate_views(self) -> None:
-        """Send what the read-ahead has, many pieces with each call: a turn of the loop costs as much as a send."""
+    def use_sendfile(self) -> bool:
+        """Tell pyftpdlib that it may not: its own takes a connection that is gone at once for the file's end."""
+        return False
+
+    def _send_from(self, source: FileSource | ViewSource) -> None:
+        self._initialized = True
+        self._source = source
+        if self._ssl_accepting or self._flow():
+            self._want(self.ioloop.WRITE)
+
+    def initiate_send(self) -> None:
+        """Send what can be sent now."""
+        if self._source is None:
+            super().initiate_send()
+        else:
+            self._flow()
+
+    def close_when_done(self) -> None:
+        """Called when all that is to be sent is queued; what is sent already needs no further turn of the loop."""
+        super().close_when_done()
+        if self._source is None and len(self.producer_fifo) == 1 and not self._ssl_accepting:
+            self.initiate_send()
+
+    def _flow(self) -> bool:
+        """Send some of the file; tell whether to go on when the connection takes more."""
+        assert self._source is not None
         for _ in range(SENDS):
-            if not self._views:
-                self._views = self._file.take_views(SEND)
-            if not self._views:
-                self.discard_buffers()
-                self.handle_close()
-                return
+            if not self._has_bytes(self._source):
+                return False
             try:
-                sent = self.socket.sendmsg(self._views)
+                if not self._source.send():
+                    break
             except OSError as error:
                 if error.errno in _ERRNOS_DISCONNECTED:
                     self._lost()
-                elif error.errno not in _ERRNOS_RETRY:
+                    return False
+                if error.errno not in _ERRNOS_RETRY and error.errno != errno.EBUSY:
                     raise
-                return
-            self.tot_bytes_sent += sent
-            self._views = unsent(self._views, sent)
-            if self._views:
-                return
+                break
+        return not self._closed
 
-    def initiate_sendfile(self) -> None:
-        """Send the next piece. pyftpdlib's own takes a connection that is gone at once for the file's end."""
-        try:
-            sent = os.sendfile(self._fileno, self._filefd, self._offset, self.ac_out_buffer_size)
-        except OSError as error:
-            if error.errno in _ERRNOS_DISCONNECTED:
-                self._lost()
-            elif error.errno not in _ERRNOS_RETRY and error.errno != errno.EBUSY:
-                if self.tot_bytes_sent:
-                    raise
-                raise _GiveUpOnSendfile from error
-            return
-        self._offset += sent
-        self.tot_bytes_sent += sent
-        if not sent:
-            self.discard_buffers()
-            self.handle_close()
+    def _has_bytes(self, source: FileSource | ViewSource) -> bool:
+        """Tell whether there are bytes to send; where not, they are awaited, or the transfer ends here."""
+        while True:
+            try:
+                with limited_to(Wait.STORE if self._offload is None else Wait.NOTHING):
+                    if source.fill():
+                        return True
+                    pending = self.file_obj.pending()
+            except WouldWait:
+                self._catch_up()
+                return False
+            if pending is None:
+                self._end_download()
+                return False
+            if self._offload is not None:
+                self._sleep(pending)
+                return False
+            wait([pending])
+
+    def _catch_up(self) -> None:
+        """Let a thread settle what keeps the file from being ready; then go on."""
+        offload, store = self._offload, self._store
+        assert offload is not None
+
+        def ask() -> None:
+            try:
+                task.call(store, self.file_obj.ready)
+            except Abandoned:
+                return
+            except Exception:  # noqa: BLE001 - answered there
+                self.handle_error()
+            self._wake()
+
+        self._want(0)
+        task = self._errand = offload.task(ask)
+        task.start()
+
+    def _end_download(self) -> None:
+        self.discard_buffers()
+        if not hasattr(self.file_obj, "verify"):
+            self._settled(lambda: None)
+        elif self._offload is None:
+            self._settled(self.file_obj.verify)
+        else:
+            try:
+                with limited_to(Wait.NOTHING):
+                    self.file_obj.verify()
+            except WouldWait:
+                self._settle(self.file_obj.verify)
+            except OSError as error:
+                self._fail(error)
+            else:
+                self._settled(lambda: None)
 
     def handle_close(self) -> None:
-        """Called when all is sent, or when the connection broke; never the end of an upload."""
-        if self._closed:
+        """Called when all of a listing is sent, or when the connection broke; never the end of an upload."""
+        if self._closed or self.stage is not Stage.MOVING:
             return
-        if self.receive or self.producer_fifo or not self.is_busy:
+        if self.receive or self.producer_fifo or self._source is not None or not self.is_busy:
             self._lost()
-            return
-        try:
-            if hasattr(self.file_obj, "verify"):
-                self.file_obj.verify()
-        except OSError as error:
-            self._resp = (failure_reply(error), logger.warning)
         else:
-            self._succeed()
-        self.close()
+            self._end_download()
 
     # --- ends
 
     def _succeed(self) -> None:
         self.transfer_finished = True
         self._resp = ("226 Transfer complete.", logger.debug)
+
+    def _fail(self, error: OSError) -> None:
+        self._resp = (failure_reply(error), logger.warning)
+        self.close()
 
     def _lost(self) -> None:
         self.break_off(f"Connection lost after {self.get_transmitted_bytes()} bytes")
@@ -222,7 +375,7 @@ class VFSDTPHandler(DTPHandler):
         """Called every `timeout` seconds. A transfer that stands still ends; the session goes on."""
         if self.get_transmitted_bytes() > self._lastdata:
             self._lastdata = self.get_transmitted_bytes()
-        else:
+        elif self.stage is Stage.MOVING:
             self.break_off(f"Nothing moved for {self.timeout} seconds")
 
     def handle_error(self) -> None:
@@ -235,24 +388,26 @@ class VFSDTPHandler(DTPHandler):
             error = error.__cause__
         if isinstance(error, SSL.Error):
             self._lost()
-            return
-        if isinstance(error, OSError):
-            self._resp = (failure_reply(error), logger.warning)
+        elif isinstance(error, OSError):
+            self._fail(error)
         else:
             self.log_exception(self)
             self._resp = ("451 Internal error; transfer aborted.", logger.warning)
-        self.close()
+            self.close()
 
     def close(self) -> None:
         """Answer, then give up what was not committed: that may take a while where the store is the reason.
 
-        Whoever closes a transfer without a word (PASV or PORT in its middle, a stopping server) has broken it off.
+        Whoever closes a transfer without a word (PASV or PORT in its middle, a stopping server) has broken it off. One
+        that is being settled closes itself once it is known what came of it.
         """
-        if self._closed:
+        if self._closed or self.stage is Stage.SETTLING:
             return
         AsyncChat.close(self)  # RFC 959 wants it before the reply
         if self._idler is not None and not self._idler.cancelled:
             self._idler.cancel()
+        if self._errand is not None and self._errand is not current_task():
+            self._errand.abandon()
         try:
             self._answer()
             self._release_file()
@@ -260,22 +415,30 @@ class VFSDTPHandler(DTPHandler):
         except Exception:  # noqa: BLE001 - a callback of the embedding program's must not end the session
             self.log_exception(self)
         finally:
-            self.cmd_channel._on_dtp_close()
+            if getattr(self.cmd_channel, "data_channel", self) in (self, None):
+                self.cmd_channel._on_dtp_close()
+            if self.outcome is not None:
+                self.outcome.set_result(None)
 
     def _answer(self) -> None:
         session = self.cmd_channel
         if not self._resp and getattr(session, "leaves_answers", False):  # pyftpdlib's own handler speaks for itself
             self._resp = ("426 Transfer aborted.", logger.info)
         if self._resp and self.is_busy and not session._closed:
-            session.respond(self._resp[0], logfun=self._resp[1])
+            answer = getattr(session, "answer_transfer", session.respond)
+            answer(self._resp[0], logfun=self._resp[1])
 
     def _release_file(self) -> None:
-        if self.file_obj is None or self.file_obj.closed:
+        file = self.file_obj
+        if file is None or file.closed:
+            return
+        if self._offload is not None and not getattr(file, "closes_at_once", False):
+            self._offload.later(self._store, getattr(file, "abandon", file.close))
             return
         try:
-            self.file_obj.close()
+            file.close()
         except OSError as error:
-            logger.warning("closing %r: %s", self.file_obj.name, error)
+            logger.warning("closing %r: %s", file.name, error)
 
     def _tell(self) -> None:
         """Log the transfer and call the embedding program back, now that the truth is known."""
@@ -333,6 +496,8 @@ class TLS_VFSDTPHandler(TLS_DTPHandler, VFSDTPHandler):
 
         After an upload that failed as well: some clients wait for it, and take its absence for the failure.
         """
+        if self.stage is Stage.SETTLING:
+            return
         if self.cmd_channel._closed or not (self.transfer_finished or self.receive):
             self._error = True  # pyftpdlib's mark that TLS is not shut down any more
         TLS_DTPHandler.close(self)
@@ -345,50 +510,26 @@ class TLS_VFSDTPHandler(TLS_DTPHandler, VFSDTPHandler):
     def _do_ssl_shutdown(self) -> None:
         """Shut TLS down. What pyftpdlib neither completes nor waits for would leave the transfer without its answer."""
         super()._do_ssl_shutdown()
-        if not (self._closed or self._ssl_want_read or self._ssl_want_write):
+        if self._closed:
+            return
+        if self._ssl_want_read or self._ssl_want_write:  # a task comes here without an event that would see to it
+            self._want(self.ioloop.READ if self._ssl_want_read else self.ioloop.WRITE)
+        else:
             self._error = True
             self.close()
 
 
-def unsent(views: list[memoryview], sent: int) -> list[memoryview]:
-    """Return what is left of the views once `sent` bytes of them are gone."""
-    for number, view in enumerate(views):
-        if sent < len(view):
-            return [view[sent:], *views[number + 1 :]]
-        sent -= len(view)
-    return []
-
-
-class ViewProducer:
-    """A file's bytes for pyftpdlib's asynchat, as views into the read-ahead's buffers."""
-
-    def __init__(self, file: Any, step: int) -> None:
-        self._file = file
-        self._step = step
-
-    def more(self) -> memoryview:
-        """Return the next bytes, none at the end."""
-        return self._file.take(self._step)  # type: ignore[no-any-return]
-
-
-class ASCIIProducer:
-    """A file's bytes with each line end as CR LF, those that are so already included (RFC 959, section 3.1.1.1).
-
-    pyftpdlib's own looks at a piece's last byte to learn what came before its first.
-    """
+class TextProducer:
+    """A file of another filesystem than ours as network text."""
 
     def __init__(self, file: Any, step: int) -> None:
         self.file = file
         self._step = step
-        self._ends_with_cr = False
+        self._convert = NetworkText()
 
     def more(self) -> bytes:
         """Return the next bytes, none at the end."""
-        piece: bytes = self.file.read(self._step)
-        begins_in_line_end = self._ends_with_cr and piece.startswith(b"\n")
-        self._ends_with_cr = piece.endswith(b"\r")
-        text = piece.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-        return text[1:] if begins_in_line_end else text
+        return self._convert(self.file.read(self._step))
 
 
 def failure_reply(error: OSError) -> str:
@@ -424,10 +565,10 @@ def wants_to_abort(cmd_channel: Any) -> bool:
     A client that aborts an upload says ABOR and closes the data connection; the loop may see the two in either order,
     and what was to be aborted must not be taken for complete.
     """
+    if asks_to_abort(cmd_channel.ac_in_buffer):  # behind a command that waits
+        return True
     try:
         waiting: bytes = cmd_channel.socket.recv(PEEK, socket.MSG_PEEK)
     except (OSError, SSL.Error):  # nothing waits
         return False
-    lines = waiting.upper().split(b"\r\n")
-    # Telnet's signals may stand before it, as pyftpdlib knows.
-    return any(line.endswith(b"ABOR") and b" " not in line for line in lines)
+    return asks_to_abort(waiting)

@@ -1,5 +1,8 @@
 """Open files: one class for each kind. Binary file objects that belong to one thread at a time.
 
+Who must not wait, as a data channel on an event loop, asks first: `ready` tells how many bytes can be had, `pending`
+what to await before there are some; `accept` takes over bytes, `pressure` tells what to await before there are more.
+
 A file that is written is published whole by `commit`, or not at all. `close` commits too where the handle was opened
 so (a Python program's `with open(...)`), and gives the new bytes up where an FTP data channel decides
 (`autocommit=False`). Nothing is ever published because a handle was forgotten: the garbage collector gives it up.
@@ -12,13 +15,14 @@ import errno
 import io
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ftpvfs.backend.backend import Entry, OpenFile, Pieces, Upload
 from ftpvfs.errors import ECHANGED, failure
 from ftpvfs.vfs.readahead import ReadAhead
+from ftpvfs.waiting import Wait, about_to_wait
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -40,6 +44,8 @@ class Handle(io.RawIOBase):
 
     # What gzip and others look at.
     mode = "rb"
+    # Whether `close` need not be left to a thread by who must not wait.
+    closes_at_once = False
 
     def __init__(self, path: str, name: str) -> None:
         super().__init__()
@@ -48,9 +54,38 @@ class Handle(io.RawIOBase):
         self.name = name
         self._pid = os.getpid()
 
-    def take(self, limit: int) -> memoryview:
-        """Return up to `limit` bytes without copying them, none at the end of the file."""
+    # --- reading
+
+    def descriptor(self) -> int | None:
+        """Return a descriptor in which the file's bytes stand at their own offsets; None where there is none."""
+        return None
+
+    def ready(self) -> int:
+        """Return how many bytes can be had from here without waiting; 0 also at the end of the file.
+
+        Raises why there will be none. May have to wait (`WouldWait`) where the store must be asked what is wrong.
+        """
         raise self._unsupported("The file is open for writing alone")
+
+    def pending(self) -> Future[Any] | None:
+        """Return what to await before `ready` tells more; None where it tells of bytes, and at the end of the file."""
+        raise self._unsupported("The file is open for writing alone")
+
+    def take(self, limit: int) -> memoryview:
+        """Return up to `limit` bytes without copying them, none at the end of the file; waits for the first."""
+        raise self._unsupported("The file is open for writing alone")
+
+    def take_views(self, limit: int) -> list[memoryview]:
+        """Return up to about `limit` bytes in the pieces in which they came, none at the end; waits for the first."""
+        view = self.take(limit)
+        return [view] if view else []
+
+    def advance(self, count: int) -> None:
+        """Go past bytes that were ready and have been sent from the descriptor."""
+        raise self._unsupported("The file has no descriptor")
+
+    def verify(self) -> None:
+        """Raise what makes the bytes that were given worthless: called at the end of a download, may wait."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or size < 0:
@@ -78,8 +113,21 @@ class Handle(io.RawIOBase):
             filled += len(view)
         return filled
 
+    # --- writing
+
     def write(self, data: ReadableBuffer) -> int:
         raise self._unsupported("The file is open for reading alone")
+
+    def accept(self, data: ReadableBuffer) -> None:
+        """Take over all of `data` without waiting for the store. After an error nothing can be published any more."""
+        raise self._unsupported("The file is open for reading alone")
+
+    def pressure(self) -> Future[Any] | None:
+        """Return what to await before more is accepted; None when more may come. Raises what failed meanwhile."""
+        return None
+
+    def reserve(self, size: int) -> None:
+        """Take note that the file will have `size` bytes. Raises ENOSPC where that is known to be too many."""
 
     def abandon(self) -> None:
         """Close without publishing anything."""
@@ -117,6 +165,8 @@ class ReadHandle(Handle):
     `open_at(entry, offset)` starts reading a version; `refresh()` asks the store for the version it has now, which is
     used while nothing has been handed out yet.
     """
+
+    closes_at_once = True
 
     def __init__(
         self,
@@ -161,8 +211,17 @@ class ReadHandle(Handle):
             self._position = position
         return self._position
 
+    def ready(self) -> int:
+        self._check_open()
+        if self._position >= self.size:
+            return 0
+        try:
+            return self._ready_stream().ready()
+        except (OSError, CancelledError) as error:
+            self._recover(error)
+            return 0
+
     def pending(self) -> Future[Pieces] | None:
-        """Return the future to await before `take` gives bytes without blocking; None when it does so now."""
         return self._ready_stream().pending() if self._position < self.size else None
 
     def take(self, limit: int) -> memoryview:
@@ -175,19 +234,25 @@ class ReadHandle(Handle):
         while limit > 0 and self._position < self.size:
             try:
                 view = self._ready_stream().take(limit)
-            except OSError as error:
-                self._drop_stream()
-                if self._pinned or error.errno not in {ECHANGED, errno.ENOENT, errno.EINVAL}:
-                    raise
-                self._repin()
+            except (OSError, CancelledError) as error:
+                self._recover(error)
                 continue
-            except CancelledError as error:
-                self._drop_stream()
-                raise failure(errno.ECANCELED, self.path, "The VFS was closed") from error
             self._pinned = True
             self._position += len(view)
             return view
         return memoryview(b"")
+
+    def _recover(self, error: OSError | CancelledError) -> None:
+        """Begin again with another version where nobody has seen a byte of this one; else raise what is wrong."""
+        if isinstance(error, CancelledError):
+            self._drop_stream()
+            raise failure(errno.ECANCELED, self.path, "The VFS was closed") from error
+        if self._pinned or error.errno not in {ECHANGED, errno.ENOENT, errno.EINVAL}:
+            self._drop_stream()
+            raise error
+        about_to_wait(Wait.STORE)
+        self._drop_stream()
+        self._repin()
 
     def _repin(self) -> None:
         """Take the store's present version: the listing was old, and nobody has seen a byte of it. Once only."""
@@ -212,14 +277,9 @@ class ReadHandle(Handle):
     def abandon(self) -> None:
         self.close()
 
-
     def take_views(self, limit: int) -> list[memoryview]:
-        """Return up to about `limit` bytes in the pieces in which they came, none at the end; for sendmsg.
-
-        Waits for the first piece alone.
-        """
         views: list[memoryview] = []
-        while limit > 0 and len(views) < MOST_VIEWS and (not views or self._has_ready()):
+        while limit > 0 and len(views) < MOST_VIEWS and (not views or self._has_more()):
             view = self.take(limit)
             if not view:
                 break
@@ -227,12 +287,14 @@ class ReadHandle(Handle):
             limit -= len(view)
         return views
 
-    def _has_ready(self) -> bool:
-        return self._stream is not None and self._stream.is_ready
+    def _has_more(self) -> bool:
+        return self._stream is not None and self._stream.has_more
 
 
 class FileHandle(Handle):
     """A file of a store on this machine's own disk, read directly. `fileno` is real, so sendfile works."""
+
+    closes_at_once = True
 
     def __init__(self, path: str, name: str, opened: OpenFile, *, seekable: bool = True) -> None:
         super().__init__(path, name)
@@ -284,8 +346,17 @@ class FileHandle(Handle):
         """Raise ECHANGED when somebody has written into the file since it was opened."""
         self._opened.verify()
 
+    def descriptor(self) -> int:
+        return self.fileno()
+
+    def ready(self) -> int:
+        return max(0, self.size - self._position)
+
     def pending(self) -> None:
         """Local bytes are always ready."""
+
+    def advance(self, count: int) -> None:
+        self._position += count
 
     def close(self) -> None:
         if not self.closed:
@@ -410,11 +481,21 @@ class WriteHandle(WritingHandle):
 
     def write(self, data: ReadableBuffer) -> int:
         """Take all of `data`; blocks while the store is slower. After an error nothing can be published any more."""
+        before = self._position
+        self.accept(data)
+        while (busy := self.pressure()) is not None:
+            wait([busy])
+        return self._position - before
+
+    def accept(self, data: ReadableBuffer) -> None:
         with self._failing_for_good():
             view = memoryview(data).cast("B")
-            self._started().write(view)
+            self._started().accept(view)
         self._position += len(view)
-        return len(view)
+
+    def pressure(self) -> Future[Any] | None:
+        with self._failing_for_good():
+            return None if self._upload is None else self._upload.pressure()
 
     def _started(self) -> Upload:
         if self._upload is None:

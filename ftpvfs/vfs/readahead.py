@@ -74,9 +74,17 @@ class ReadAhead:
         return taken
 
     @property
-    def is_ready(self) -> bool:
+    def has_more(self) -> bool:
         """Whether `take` gives bytes of a range that has arrived already."""
         return bool(self._view or self._pieces)
+
+    def ready(self) -> int:
+        """Return how many bytes `take` gives without waiting; raises what the store did instead of giving the next."""
+        if not self._view and not self._pieces:
+            self._ask()
+            if self._chunks and self._chunks[0].future.done():
+                self._next_chunk()
+        return len(self._view) + sum(map(len, self._pieces))
 
     def _next_piece(self) -> None:
         if not self._pieces:

@@ -1,0 +1,198 @@
+"""Reading commands and running them one after the other, also when one has to wait.
+
+On the event loop of a `VFSServer` each command is a task: it parks while a thread asks the store, and what the client
+has pipelined behind it waits in order. Elsewhere (pyftpdlib's own servers) a command just runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, TypeVar
+
+from pyftpdlib.exceptions import _RetryError
+from pyftpdlib.handlers import FTPHandler
+
+from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
+
+T = TypeVar("T")
+
+# A name has 255 bytes at most, an S3 key 1024; pyftpdlib's limit.
+LONGEST_COMMAND = 2048
+# Commands that one client may have run before others get their turn.
+COMMANDS_A_TURN = 16
+# Replies that a client has not taken, before no more of its commands are run.
+MOST_REPLIES = 64
+
+
+class Commands(FTPHandler):
+    """The control connection of a `VFSHandler`, as far as it is a row of commands. Runs on its event loop."""
+
+    # pyftpdlib's own.
+    ac_in_buffer: bytes
+    _quit_pending: bool
+    _idler: Any
+
+    ac_in_buffer_size = 8192
+    # Bytes of commands that wait here behind one that is not through; more wait with the client.
+    most_pipelined = 8192
+
+    # The command that runs, on a loop on which it may park.
+    _task: Task | None = None
+    # Whether commands wait for the client to take its replies.
+    _is_clogged = False
+    # The present command is longer than any may be, and dropped to its end: its tail must not run as another.
+    _is_overlong = False
+
+    @property
+    def _offload(self) -> Offload | None:
+        return getattr(self.ioloop, "offload", None)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether a command that waits leaves the loop to others."""
+        return self._offload is not None
+
+    def offload(self, owner: Hashable, call: Callable[[], T], *, changes: bool = False) -> T:
+        """Make a call that may have to wait: `owner` is the store that it waits for (a VFS), or the name of a lane.
+
+        A call that `changes` something is made in full whatever becomes of the session, any other is tried at once and
+        given up when the client leaves. Where the session has a thread or process of its own, it is just made.
+        """
+        task = current_task()
+        if task is None:
+            return call()
+        if self._closed:
+            raise Abandoned
+        return task.call(owner, call, changes=changes)
+
+    # --- reading
+
+    def handle_read(self) -> None:
+        """Take what has arrived, and run what is complete."""
+        if len(self.ac_in_buffer) >= self.most_pipelined:
+            self._listen_for(0)
+            return
+        try:
+            data = self.recv(self.ac_in_buffer_size)
+        except _RetryError:
+            return
+        if data:
+            self.ac_in_buffer += data
+            if self._task is None:
+                self._run_commands()
+            else:
+                self._abort_if_asked()
+
+    def initiate_send(self) -> None:
+        """Send replies; go on with the commands that waited for that."""
+        super().initiate_send()
+        if self._is_clogged and len(self.producer_fifo) < MOST_REPLIES and not self._closed:
+            self._is_clogged = False
+            self._soon(self._run_commands)
+
+    def _listen_for(self, events: int) -> None:
+        self._wanted_io_events = events | (self.ioloop.WRITE if self.producer_fifo else 0)
+        self.modify_ioloop_events(self._wanted_io_events)
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        call_soon = getattr(self.ioloop, "call_soon", None)
+        if call_soon is not None:
+            call_soon(call)
+        else:
+            self.ioloop.call_later(0, call, _errback=self.handle_error)
+
+    def _run_commands(self) -> None:
+        for _ in range(COMMANDS_A_TURN):
+            if self._task is not None or self._is_over():
+                return
+            self._is_clogged = len(self.producer_fifo) >= MOST_REPLIES
+            line = None if self._is_clogged else self._next_line()
+            if line is None:
+                break
+            self._run_line(line)
+        else:
+            self._soon(self._run_commands)
+        if not self._wanted_io_events & self.ioloop.READ and not self._is_over() and not self._is_clogged:
+            self._listen_for(self.ioloop.READ)
+
+    def _is_over(self) -> bool:
+        return self._closed or self._closing or self._quit_pending
+
+    def _next_line(self) -> bytes | None:
+        """Return the next command, b"" for one that is too long; None when none is complete."""
+        line, end, rest = self.ac_in_buffer.partition(b"\r\n")
+        if not end:
+            if len(line) > LONGEST_COMMAND:
+                self._is_overlong = True
+                self.ac_in_buffer = b"\r" if line.endswith(b"\r") else b""
+            return None
+        self.ac_in_buffer = rest
+        if self._is_overlong or len(line) > LONGEST_COMMAND:
+            self._is_overlong = False
+            self.respond_w_warning("500 Command too long.")
+            return self._next_line()
+        return line
+
+    # --- running
+
+    def _run_line(self, line: bytes) -> None:
+        if self._idler is not None and not self._idler.cancelled:
+            self._idler.reset()
+        text = self.decode(line)
+        offload = self._offload
+        if offload is None:
+            self._run_command(text)
+            return
+        task = self._task = offload.task(partial(self._run_command, text))
+        task.start()
+        if task.dead:
+            self._task = None
+        else:
+            task.ended = self._continue
+            self._abort_if_asked()
+
+    def _run_command(self, line: str) -> None:
+        command = line.split(" ", 1)[0].upper()
+        self.pre_process_command(line, command, line[len(command) + 1 :])
+
+    def _continue(self) -> None:
+        """Go on with what was pipelined behind the command that has just ended, having waited."""
+        self._task = None
+        self._run_commands()
+
+    def _abort_if_asked(self) -> None:
+        """Give up a command that waits when an ABOR stands behind it, unless it has begun to change something."""
+        task = self._task
+        if task is not None and task.may_be_aborted and asks_to_abort(self.ac_in_buffer):
+            task.abandon()
+
+    # --- the end
+
+    def handle_timeout(self) -> None:
+        """Called when the client has said nothing for `timeout` seconds; one who waits for an answer need not."""
+        if self._task is None:
+            super().handle_timeout()
+        else:
+            self._idler = self.ioloop.call_later(self.timeout, self.handle_timeout, _errback=self.handle_error)
+
+    def handle_error(self) -> None:
+        """Log the exception that is being handled, and close."""
+        self._error = True  # pyftpdlib's mark that TLS is not shut down any more
+        FTPHandler.handle_error(self)
+
+    def close(self) -> None:
+        """Disconnect the client; a command that waits is given up."""
+        if self._closed:
+            return
+        super().close()
+        task, self._task = self._task, None
+        if task is not None and task is not current_task():
+            task.abandon()
+
+
+def asks_to_abort(waiting: bytes) -> bool:
+    """Tell whether an ABOR is among the commands; Telnet's signals may stand before it, as pyftpdlib knows."""
+    return b"ABOR" in waiting.upper() and any(
+        line.endswith(b"ABOR") and b" " not in line for line in waiting.upper().split(b"\r\n")
+    )

@@ -1,0 +1,295 @@
+"""The one bridge between the event loop and calls that wait: a task parks while a thread does the waiting.
+
+A task is work on the event loop that reads as if it could wait: a command, or the end of a transfer. It runs in a
+greenlet. What it has to wait for is first tried at once, since the caches mostly know; else it is handed to a thread of
+a *lane*, the loop goes on with others, and the task is resumed with the outcome. Outside a task everything just runs.
+
+Each store has a lane of its own, so that those who wait for a dead one do not use up the threads of another.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, wait
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from greenlet import getcurrent, greenlet
+
+from ftpvfs.waiting import Job, Wait, WouldWait, limited_to, working_for
+
+if TYPE_CHECKING:
+    from ftpvfs.server.loop import Loop
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Owners of lanes beside the stores.
+DISK = "disk"
+PASSWORDS = "passwords"
+# Threads of one lane. Those of a store wait for its answers; two hashes of a password fill two processors.
+MOST_THREADS = {DISK: 64, PASSWORDS: 2}
+MOST_STORE_THREADS = 32
+# Seconds after which a thread without work ends.
+IDLE = 5.0
+# Seconds that a closing loop waits for stores to forget what was not finished.
+LAST_WORDS = 5.0
+
+
+class Abandoned(Exception):
+    """Raised in a parked task whose outcome nobody wants any more. No OSError: nobody is to answer it."""
+
+
+class Lane:
+    """Daemon threads for calls of one kind, started when needed and ended when idle. Any thread.
+
+    concurrent.futures' threads would keep the process from ending as long as a dead store does not answer.
+    """
+
+    def __init__(self, name: str, most: int, may_wait_for: Wait) -> None:
+        self.may_wait_for = may_wait_for
+        self._name = name
+        self._most = most
+        self._changed = threading.Condition()
+        # Protected by _changed.
+        self._works: deque[Callable[[], None]] = deque()
+        self._threads = 0
+        self._idle = 0
+        self._is_closed = False
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Have `work`, which raises nothing, done by a thread."""
+        with self._changed:
+            self._works.append(work)
+            if len(self._works) <= self._idle:
+                self._changed.notify()
+            elif self._threads < self._most:
+                self._threads += 1
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+
+    def close(self) -> None:
+        """Drop what nobody has begun, and let the threads end as soon as they are through with what they do."""
+        with self._changed:
+            self._is_closed = True
+            self._works.clear()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while (work := self._next()) is not None:
+            with limited_to(self.may_wait_for):
+                work()
+            del work
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            self._idle += 1
+            self._changed.wait_for(lambda: self._works or self._is_closed, IDLE)
+            self._idle -= 1
+            if self._works:
+                return self._works.popleft()
+            self._threads -= 1
+            return None
+
+
+class Offload:
+    """Where the tasks of one event loop wait. The loop's own thread, but for `Lane`."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._lanes: weakref.WeakKeyDictionary[Any, Lane] = weakref.WeakKeyDictionary()
+        self._named: dict[str, Lane] = {}
+        self._parked: set[Task] = set()
+        self._later: set[Future[None]] = set()
+
+    @property
+    def parked(self) -> int:
+        """How many tasks wait at the moment."""
+        return len(self._parked)
+
+    def lane(self, owner: Hashable) -> Lane:
+        """Return the lane of a store (its VFS), or the one called `DISK`, `PASSWORDS` or any other name."""
+        lanes: Any = self._named if isinstance(owner, str) or owner is None else self._lanes
+        owner = owner or "store"
+        lane: Lane | None = lanes.get(owner)
+        if lane is None:
+            name = owner if isinstance(owner, str) else "store"
+            most = MOST_THREADS.get(name, MOST_STORE_THREADS)
+            lane = lanes[owner] = Lane(f"ftpvfs-{name}", most, Wait.DISK if owner == DISK else Wait.STORE)
+        return lane
+
+    def task(self, work: Callable[[], object]) -> Task:
+        """Return a new task, to be started; `work` deals with its own exceptions, `Abandoned` among them."""
+        return Task(self, work)
+
+    def later(self, owner: Hashable, call: Callable[[], object]) -> None:
+        """Have a call made by a thread of the owner's lane; its failure is logged, and only `close` waits for it."""
+        done: Future[None] = Future()
+        self._later.add(done)
+        done.add_done_callback(self._later.discard)
+
+        def work() -> None:
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - told, and of no consequence to anybody
+                logger.warning("%s", error)
+            finally:
+                done.set_result(None)
+
+        self.lane(owner).submit(work)
+
+    def close(self) -> None:
+        """Abandon all tasks that are parked; wait a little for what was to be given up at the stores."""
+        for task in list(self._parked):
+            task.abandon()
+        wait(list(self._later), LAST_WORDS)
+        for lane in [*self._lanes.values(), *self._named.values()]:
+            lane.close()
+
+
+class Task(greenlet):
+    """Work on the event loop that may park. The loop's own thread.
+
+    Its parent is whoever resumed it last, so that it comes back there when it parks or ends.
+    """
+
+    def __init__(self, offload: Offload, work: Callable[[], object]) -> None:
+        super().__init__(work)
+        self._offload = offload
+        # Called, outside of the task, once it has ended.
+        self.ended: Callable[[], object] | None = None
+        # What it waits for: a late answer to an earlier question finds another one here.
+        self._ticket: object = None
+        self._job: Job | None = None
+
+    def start(self) -> None:
+        """Run until it parks or ends."""
+        self._switch(self.switch)
+
+    def _switch(self, switch: Callable[..., Any], *value: Any) -> None:
+        self._ticket = None
+        self._offload._parked.discard(self)
+        self.parent = getcurrent()
+        switch(*value)
+        if self.dead and self.ended is not None:
+            ended, self.ended = self.ended, None
+            ended()
+
+    def _park(self, job: Job | None) -> Any:
+        """Let others run until `_deliver` comes with the present ticket, or `abandon`."""
+        self._job = job
+        self._offload._parked.add(self)
+        try:
+            assert self.parent is not None
+            return self.parent.switch()
+        finally:
+            self._job = None
+
+    def _deliver(self, ticket: object, *value: Any) -> None:
+        if ticket is self._ticket:
+            self._switch(self.switch, *value)
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether it waits for something."""
+        return self in self._offload._parked
+
+    @property
+    def may_be_aborted(self) -> bool:
+        """Whether what it waits for has changed nothing, so that it may be given up."""
+        return self._job is not None
+
+    def abandon(self) -> None:
+        """Stop waiting: `Abandoned` is raised in the task. What a thread does for it is cancelled, or dropped."""
+        if not self.is_parked:
+            return
+        if self._job is not None:
+            self._job.cancel()
+        self._switch(self.throw, Abandoned())
+
+    # --- within the task
+
+    def call(self, owner: Hashable, call: Callable[[], T], *, changes: bool = False) -> T:
+        """Return the outcome of a call; at once where it need not wait, else parked meanwhile.
+
+        A call that `changes` something goes to a thread and to its end, whoever leaves: only then is known what came
+        of it.
+        """
+        need = Wait.STORE
+        if not changes:
+            try:
+                with limited_to(Wait.NOTHING):
+                    return call()
+            except WouldWait as would:
+                need = would.need
+        errand = _Errand(call, self, None if changes else Job())
+        errand.go(DISK if need is Wait.DISK else owner, owner)
+        outcome: Future[T] = self._park(errand.job)
+        return outcome.result()
+
+    def wait(self, future: Future[Any]) -> None:
+        """Park until a future is done, however it ends."""
+        ticket = self._ticket = object()
+        deliver = partial(self._offload._loop.call_soon_threadsafe, self._deliver, ticket)
+        future.add_done_callback(lambda _: deliver())
+        self._park(None)
+
+    def sleep(self, seconds: float) -> None:
+        """Park for a while."""
+        ticket = self._ticket = object()
+        timer = self._offload._loop.call_later(seconds, self._deliver, ticket)
+        try:
+            self._park(None)
+        finally:
+            if not timer.cancelled:
+                timer.cancel()
+
+
+class _Errand:
+    """One call that a thread makes for a parked task."""
+
+    def __init__(self, call: Callable[[], Any], task: Task, job: Job | None) -> None:
+        self.job = job
+        self._call = call
+        self._task = task
+        self._offload = task._offload
+        self._ticket = task._ticket = object()
+
+    def go(self, lane: Hashable, store: Hashable) -> None:
+        """Have it made in a lane; one that turns out to need the store is made again in the store's."""
+        self._offload.lane(lane).submit(partial(self._run, self._offload.lane(store)))
+
+    def _run(self, store: Lane) -> None:
+        outcome: Future[Any] = Future()
+        try:
+            if self.job is not None and self.job.is_cancelled:
+                return
+            with working_for(self.job):
+                outcome.set_result(self._call())
+        except WouldWait:
+            store.submit(partial(self._run, store))
+            return
+        except BaseException as error:  # noqa: BLE001 - raised in the task
+            outcome.set_exception(error)
+        self._offload._loop.call_soon_threadsafe(self._deliver, outcome)
+
+    def _deliver(self, outcome: Future[Any]) -> None:
+        if self._task._ticket is self._ticket:
+            self._task._switch(self._task.switch, outcome)
+        elif outcome.exception() is None:
+            _discard(outcome.result())
+
+
+def _discard(result: Any) -> None:
+    """Close what was opened for somebody who has left; a new handle has touched nothing yet."""
+    if hasattr(result, "abandon"):
+        result.abandon()
+
+
+def current_task() -> Task | None:
+    """Return the task that runs, None outside of one."""
+    current = getcurrent()
+    return current if isinstance(current, Task) else None

@@ -1,0 +1,105 @@
+"""What a download sends: a file's bytes as they become ready, by the cheapest way that the connection has for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ftpvfs.errors import ECHANGED, failure
+
+# What one call sends at the most: a turn of the loop costs as much as a send.
+SEND = 2**20
+# What one call hands to TLS, or receives: pyftpdlib moves 64 KiB, four times that is faster, more is not (measured).
+STEP = 256 * 1024
+
+
+class FileSource:
+    """Bytes that stand in a file of this machine: the kernel sends them, as far as they are there."""
+
+    def __init__(self, file: Any, channel: Any) -> None:
+        self._file = file
+        self._channel = channel
+        self._descriptor = file.descriptor()
+        self._count = 0
+
+    def fill(self) -> bool:
+        """Tell whether there is something to send now."""
+        self._count = min(self._file.ready(), SEND)
+        return self._count > 0
+
+    def send(self) -> bool:
+        """Send; tell whether the connection may take more. Raises BlockingIOError where it takes nothing."""
+        sent = os.sendfile(self._channel._fileno, self._descriptor, self._file.tell(), self._count)
+        if not sent:
+            self._file.verify()
+            raise failure(ECHANGED, self._file.path, "The file became shorter while it was sent")
+        self._channel.tot_bytes_sent += sent
+        self._file.advance(sent)
+        return sent == self._count
+
+
+class ViewSource:
+    """Bytes in memory, in the pieces in which they came; `convert` makes other bytes of each."""
+
+    def __init__(self, file: Any, channel: Any, convert: Callable[[bytes], bytes] | None = None) -> None:
+        self._file = file
+        self._channel = channel
+        self._convert = convert
+        self._views: list[memoryview] = []
+
+    def fill(self) -> bool:
+        """Tell whether there is something to send now."""
+        while not self._views and self._file.ready():
+            views = self._file.take_views(SEND)
+            if not views:
+                raise failure(ECHANGED, self._file.path, "The file became shorter while it was sent")
+            if self._convert is not None:
+                converted = (memoryview(self._convert(bytes(view))) for view in views)
+                views = [view for view in converted if view]
+            self._views = views
+        return bool(self._views)
+
+    def send(self) -> bool:
+        """Send; tell whether the connection may take more. Raises BlockingIOError where it takes nothing."""
+        sent = self._channel.socket.sendmsg(self._views)
+        self._channel.tot_bytes_sent += sent
+        self._views = unsent(self._views, sent)
+        return not self._views
+
+
+class TLSSource(ViewSource):
+    """The same over TLS, which takes one piece at a time."""
+
+    def send(self) -> bool:
+        """Send; tell whether the connection may take more."""
+        piece = self._views[0][:STEP]
+        sent: int = self._channel.send(piece)  # counts, and knows what TLS wants next
+        self._views = unsent(self._views, sent)
+        return sent == len(piece)
+
+
+def unsent(views: Sequence[memoryview], sent: int) -> list[memoryview]:
+    """Return what is left of the views once `sent` bytes of them are gone."""
+    for number, view in enumerate(views):
+        if sent < len(view):
+            return [view[sent:], *views[number + 1 :]]
+        sent -= len(view)
+    return []
+
+
+class NetworkText:
+    """Makes each line end CR LF, those that are so already included (RFC 959, section 3.1.1.1), piece by piece.
+
+    pyftpdlib's own looks at a piece's last byte to learn what came before its first.
+    """
+
+    def __init__(self) -> None:
+        self._ends_with_cr = False
+
+    def __call__(self, piece: bytes) -> bytes:
+        """Return the next piece's text."""
+        begins_in_line_end = self._ends_with_cr and piece.startswith(b"\n")
+        self._ends_with_cr = piece.endswith(b"\r")
+        text = piece.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        return text[1:] if begins_in_line_end else text
