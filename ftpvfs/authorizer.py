@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import hmac
+import secrets
+import threading
+from collections import OrderedDict
 from typing import Any
 
+import argon2
 from pyftpdlib.authorizers import AuthenticationFailed, DummyAuthorizer
 
 from ftpvfs import paths
+from ftpvfs.vfs.vfs import VFS
 
 READ = "elr"
 ALL = "elradfmwMT"
+# What a hash takes on purpose is 64 MiB and several processors at once, so no more than this many are made at a time.
+_hashing = threading.BoundedSemaphore(2)
+# Passwords that were right lately and need no hash for the next connection: clients open many.
+REMEMBERED = 1000
 
 
 class VFSAuthorizer(DummyAuthorizer):
-    """Users with homes in a VFS (`/`, `/alice`). Nothing is looked up on the server's own disk."""
+    """Users with homes in a VFS (`/`, `/alice`). Nothing is looked up on the server's own disk. Any thread.
+
+    Passwords are kept in clear or as argon2 hashes. Who fails learns nothing of whether the name exists, neither from
+    the reply nor from the time it takes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._dummy = ""  # a hash that no password fits, as costly as those of the users
+        self._proof = secrets.token_bytes(32)
+        self._known: OrderedDict[bytes, None] = OrderedDict()
+        self._lock = threading.Lock()  # protects _known
+
+    @property
+    def lane(self) -> str | None:
+        """Whose threads are to check passwords; None where that is a comparison, done at once."""
+        return "passwords" if self._dummy else None
 
     def add_user(
         self,
@@ -24,17 +49,25 @@ class VFSAuthorizer(DummyAuthorizer):
         perm: str = READ,
         msg_login: str = "Login successful.",
         msg_quit: str = "Goodbye.",
+        *,
+        password_hash: str | None = None,
+        vfs: VFS | None = None,
     ) -> None:
-        """Add a user; `perm` are pyftpdlib's letters, a password of None accepts every password.
+        """Add a user; `perm` are pyftpdlib's letters, a password of None accepts every password unless there is a hash.
 
-        The home need not exist: it is an empty folder until something is written into it. Raises ValueError for a user
-        that exists and for unknown letters.
+        The home need not exist: it is an empty folder until something is written into it. `vfs` is a store of the
+        user's own, None that of all. Raises ValueError for a user that exists, for unknown letters, and for a hash that
+        is none of argon2's.
         """
         if self.has_user(username):
             raise ValueError(f"user {username!r} already exists")
         _check_letters(perm)
+        if password_hash is not None:
+            self._dummy = _dummy_like(password_hash)
         self.user_table[username] = {
             "pwd": password,
+            "hash": password_hash,
+            "vfs": vfs,
             "home": paths.normalize(homedir),
             "perm": perm,
             "operms": {},
@@ -72,15 +105,68 @@ class VFSAuthorizer(DummyAuthorizer):
                 nearest, letters = len(directory), allowed
         return perm in letters
 
+    def vfs_for(self, username: str, password: str, handler: Any) -> VFS | None:
+        """Return the store of the user's own, None for that of all. Called once a login has succeeded."""
+        vfs: VFS | None = self.user_table[username]["vfs"]
+        return vfs
+
     def validate_authentication(self, username: str, password: str, handler: Any) -> None:
-        """Raise AuthenticationFailed unless user and password belong together; takes the same time for all who fail."""
+        """Raise AuthenticationFailed unless user and password belong together; takes the same time for all who fail.
+
+        Where users have hashes it takes as long as they were made to.
+        """
         user = self.user_table.get(username)
-        expected = "" if user is None else user["pwd"]
-        if user is not None and expected is None:
-            return
-        same = hmac.compare_digest(password.encode("utf-8", "surrogateescape"), expected.encode())
-        if user is None or not same:
+        secret = password.encode("utf-8", "surrogateescape")
+        if user is None:
+            right = self._is_hash_of("", secret)
+        elif user["hash"] is not None:
+            right = self._is_hash_of(user["hash"], secret)
+        elif user["pwd"] is None:
+            right = True
+        else:
+            right = hmac.compare_digest(secret, user["pwd"].encode()) or self._is_hash_of("", secret)
+        if not right:
             raise AuthenticationFailed("Authentication failed.")
+
+    def _is_hash_of(self, known_hash: str, secret: bytes) -> bool:
+        """Tell whether the hash is the secret's, "" being nobody's; as slow for that as for a user's."""
+        if not self._dummy:
+            return False
+        proof = hmac.digest(self._proof, known_hash.encode() + b"\0" + secret, "sha256")
+        if self._remembers(proof):
+            return True
+        with _hashing:
+            try:
+                argon2.PasswordHasher().verify(known_hash or self._dummy, secret)
+            except argon2.exceptions.VerificationError:
+                return False
+        self._remember(proof)
+        return True
+
+    def _remembers(self, proof: bytes) -> bool:
+        with self._lock:
+            return proof in self._known
+
+    def _remember(self, proof: bytes) -> None:
+        with self._lock:
+            self._known[proof] = None
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+
+
+def hash_password(password: str) -> str:
+    """Return the argon2 hash to keep instead of a password."""
+    return argon2.PasswordHasher().hash(password)
+
+
+def _dummy_like(password_hash: str) -> str:
+    """Return a hash that takes as long to check as this one and that no password fits. Raises ValueError."""
+    try:
+        parameters = argon2.extract_parameters(password_hash)
+    except argon2.exceptions.InvalidHash as error:
+        raise ValueError("not an argon2 hash") from error
+    hasher = argon2.PasswordHasher.from_parameters(parameters)
+    return hasher.hash(secrets.token_bytes(32))
 
 
 def _check_letters(perm: str) -> None:

@@ -7,7 +7,9 @@ the configuration. Runs in the main thread, because signals arrive there.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import getpass
 import logging
 import logging.handlers
 import os
@@ -18,21 +20,23 @@ import threading
 import types
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 
 from ftpvfs import __version__
-from ftpvfs.authorizer import ALL, READ, VFSAuthorizer
+from ftpvfs.assembly import Assembly, check, let_in_with_any_password, warnings
+from ftpvfs.authorizer import hash_password
 from ftpvfs.config import (
     Address,
     Config,
     ConfigError,
+    Listener,
     LogOptions,
     check_file,
     format_address,
     help_text,
     load,
 )
-from ftpvfs.filesystem import VFSFilesystem
-from ftpvfs.server.handler import VFSHandler
+from ftpvfs.server.loop import Loop
 from ftpvfs.server.server import VFSServer
 from ftpvfs.vfs.vfs import VFS
 
@@ -76,7 +80,7 @@ def _version(config: Config) -> int:
 
 
 def _check_config(config: Config) -> int:
-    problems = check_file(config.file)
+    problems = check_file(config.file) or check(load(["--config", config.file], {}))
     for problem in problems:
         _complain(problem, status=2)
     if problems:
@@ -85,27 +89,50 @@ def _check_config(config: Config) -> int:
     return 0
 
 
+def _hash_password(config: Config) -> int:
+    print(hash_password(_new_password()))
+    return 0
+
+
+def _new_password() -> str:
+    """The password from a terminal, typed twice without being seen, or a line of standard input."""
+    if sys.stdin.isatty():
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Again: ") != password:
+            raise StartError("the passwords differ")
+    else:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if not password:
+        raise StartError("an empty password")
+    return password
+
+
 def _serve(config: Config) -> int:
     _log_to(config.log)
-    for warning in config.warnings:
+    assembly = _assemble(config)
+    for warning in [*config.warnings, *warnings(config)]:
         logger.warning("%s", warning)
     try:
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGINT, _stop)
-        with _listen(config.server.addr) as listener:
-            vfs = _vfs(config)
-            try:
-                signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=_forget, args=(vfs,)).start())
-                _contact_store(vfs)
-                _run(config, vfs, listener)
-            finally:
-                vfs.close()
+        with contextlib.ExitStack() as open_ones:
+            listeners = [(each, open_ones.enter_context(_listen(each.addr))) for each in config.listeners]
+            open_ones.callback(assembly.close)
+            signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=_read_again, args=(assembly,)).start())
+            _contact_stores(assembly)
+            _run(assembly, listeners)
     except KeyboardInterrupt:
         logger.info("stopped by a signal")
     return 0
 
 
-COMMANDS = {"serve": _serve, "check-config": _check_config, "help": _help, "version": _version}
+COMMANDS = {
+    "serve": _serve,
+    "check-config": _check_config,
+    "hash-password": _hash_password,
+    "help": _help,
+    "version": _version,
+}
 
 
 # --- signals and the log --------------------------------------------------------------------------
@@ -118,8 +145,9 @@ def _stop(number: int, frame: types.FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _forget(vfs: VFS) -> None:
-    vfs.forget()
+def _read_again(assembly: Assembly) -> None:
+    assembly.reload()
+    assembly.forget()
     logger.info("all cached listings forgotten")
 
 
@@ -172,18 +200,35 @@ def _listen(address: Address) -> socket.socket:
         raise StartError(f"cannot listen on {format_address(address)}: {reason}") from error
 
 
-def _vfs(config: Config) -> VFS:
+def _assemble(config: Config) -> Assembly:
     try:
-        return VFS(config.url, storage_options=config.storage_options, options=config.vfs)
+        return Assembly(config)
+    except ConfigError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise StartError(_reason(error)) from error
 
 
-def _contact_store(vfs: VFS) -> None:
-    """Ask the store whether it is there and lets us in, and wait a little for the answer.
+def _contact_stores(assembly: Assembly) -> None:
+    """Ask the stores whether they are there and let us in, and wait a little for the answers.
 
-    StartError where the answer is no. An answer that does not come, or comes too late, is only logged.
+    StartError where the common one says no. An answer of a user's own store, or one that does not come or comes too
+    late, is only logged.
     """
+    answers = {vfs: _ask(vfs) for vfs in assembly.vfses}
+    wait(answers.values(), STORE_WAIT)
+    for vfs, answer in answers.items():
+        if not answer.done():
+            logger.warning("%s: no answer for %g s yet; serving all the same", vfs.name, STORE_WAIT)
+            answer.add_done_callback(partial(_log_late_refusal, vfs))
+            continue
+        error = answer.exception()
+        if error and vfs is assembly.vfs and (not isinstance(error, OSError) or error.errno in FATAL):
+            raise StartError(_reason(error)) from error
+        _log_refusal(vfs, error)
+
+
+def _ask(vfs: VFS) -> Future[None]:
     answer: Future[None] = Future()
 
     def ask() -> None:
@@ -195,15 +240,11 @@ def _contact_store(vfs: VFS) -> None:
             answer.set_result(None)
 
     threading.Thread(target=ask, name="start", daemon=True).start()
-    wait([answer], STORE_WAIT)
-    if not answer.done():
-        logger.warning("%s: no answer for %g s yet; serving all the same", vfs.name, STORE_WAIT)
-        answer.add_done_callback(lambda late: _log_refusal(vfs, late.exception()))
-        return
-    error = answer.exception()
-    if error and (not isinstance(error, OSError) or error.errno in FATAL):
-        raise StartError(_reason(error)) from error
-    _log_refusal(vfs, error)
+    return answer
+
+
+def _log_late_refusal(vfs: VFS, answer: Future[None]) -> None:
+    _log_refusal(vfs, answer.exception())
 
 
 def _log_refusal(vfs: VFS, error: BaseException | None) -> None:
@@ -220,53 +261,35 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _run(config: Config, vfs: VFS, listener: socket.socket) -> None:
+def _run(assembly: Assembly, listeners: Sequence[tuple[Listener, socket.socket]]) -> None:
     """Serve until a signal ends it."""
-    server = VFSServer(listener, _handler(config, vfs))
-    address = Address(*listener.getsockname()[:2])
-    warning = open_to_all(config, address)
-    if warning:
-        logger.warning("%s", warning)
-    mode = config.vfs.cache_mode
-    print(f"ftpvfs: serving {vfs.name} at ftp://{format_address(address)} (cache mode {mode})", flush=True)
+    loop = Loop()
+    servers = [VFSServer(sock, assembly.handler(listener), ioloop=loop) for listener, sock in listeners]
+    for listener, sock in listeners:
+        address = Address(*sock.getsockname()[:2])
+        warning = open_to_all(assembly.config, address)
+        if warning:
+            logger.warning("%s", warning)
+        print(_greeting(assembly, listener, address), flush=True)
     try:
-        server.serve_forever(handle_exit=False)
+        servers[0].serve_forever(handle_exit=False)
     finally:
-        server.close_all()
+        servers[0].close_all()
+
+
+def _greeting(assembly: Assembly, listener: Listener, address: Address) -> str:
+    stores = ", ".join(vfs.name for vfs in assembly.vfses) or "the users' own stores"
+    scheme = "ftps" if listener.tls.mode == "implicit" else "ftp"
+    tls = "" if listener.tls.mode == "off" else f", TLS {listener.tls.mode}"
+    mode = assembly.config.vfs.cache_mode
+    return f"ftpvfs: serving {stores} at {scheme}://{format_address(address)} (cache mode {mode}{tls})"
 
 
 def open_to_all(config: Config, address: Address) -> str:
     """The warning where any password is right and others than this machine can reach the server, else ""."""
-    if config.server.password or address.is_loopback:
+    users = let_in_with_any_password(config)
+    if not users or address.is_loopback:
         return ""
     may = "read" if config.vfs.read_only else "read, change and delete"
-    who = f"whoever reaches {format_address(address)} as {config.server.user}"
+    who = f"whoever reaches {format_address(address)} as {' or '.join(users)}"
     return f"{who} may {may} everything: any password is right; --pass sets one"
-
-
-def _handler(config: Config, vfs: VFS) -> type[VFSHandler]:
-    class Filesystem(VFSFilesystem):
-        pass
-
-    class Handler(VFSHandler):
-        abstracted_fs = Filesystem
-        authorizer = _authorizer(config)
-        passive_ports = config.server.passive_port
-        masquerade_address = _public_ip(config)
-
-    Filesystem.vfs = vfs
-    return Handler
-
-
-def _public_ip(config: Config) -> str | None:
-    host, networks = config.server.public_ip
-    if networks or (host and not host.replace(".", "").isdigit()):
-        raise ConfigError("--public-ip: host names and networks are not available yet")
-    return host or None
-
-
-def _authorizer(config: Config) -> VFSAuthorizer:
-    authorizer = VFSAuthorizer()
-    permissions = READ if config.vfs.read_only else ALL
-    authorizer.add_user(config.server.user, config.server.password or None, perm=permissions)
-    return authorizer

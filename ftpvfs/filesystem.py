@@ -91,14 +91,20 @@ class Names(list[str]):
 
 
 class VFSFilesystem(AbstractedFS):
-    """A pyftpdlib filesystem over a VFS. Subclass it and set `vfs`; one instance serves one session."""
+    """A pyftpdlib filesystem over a VFS. Subclass it and set `vfs`; one instance serves one session.
 
-    vfs: ClassVar[VFS]
+    A session whose handler has a `vfs` of its own shows that one.
+    """
+
+    vfs: VFS
     _warned: ClassVar[set[str]] = set()
     _warning = threading.Lock()
 
     def __init__(self, root: str, cmd_channel: Any) -> None:
         super().__init__(paths.normalize(root), cmd_channel)
+        own = getattr(cmd_channel, "vfs", None)
+        if own is not None:
+            self.vfs = own
         self._home_is_there = self.root == "/"
         self._warn_about(cmd_channel)
 

@@ -23,6 +23,7 @@ from ftpvfs.config.values import (
 README = Path(__file__).parents[1] / "README.md"
 DAY = 24 * 3600
 
+HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQ$RdescudvJCsgt3ub+b1dWRWJTmaaJObG"
 DESIGN_EXAMPLE = """\
 [server]
 addr = :2121
@@ -33,6 +34,18 @@ url = s3://bucket/prefix
 endpoint_url = http://127.0.0.1:9000     ; any other key is a storage option, JSON where it parses as JSON
 [vfs]
 cache_mode = off
+[tls]
+cert = /etc/ftpvfs/cert.pem
+key = /etc/ftpvfs/key.pem
+mode = explicit
+[user:alice]
+password_hash = $argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQ$RdescudvJCsgt3ub+b1dWRWJTmaaJObG
+home = /alice
+perm = elradfmwMT                        ; pyftpdlib's letters
+[user:bob]
+password_hash = $argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQ$RdescudvJCsgt3ub+b1dWRWJTmaaJObG
+url = gs://other-bucket/bob              ; a backend of his own
+perm = elr
 [log]
 level = INFO
 """
@@ -514,6 +527,71 @@ def test_the_documented_ini_file_is_understood(ini):
     assert (loaded.vfs.cache_mode, loaded.log.level) == ("off", "INFO")
 
 
+def test_users_and_listeners_of_the_documented_file(ini):
+    loaded = load(["--config", ini(DESIGN_EXAMPLE)], {})
+    alice, bob = loaded.users  # and nobody else: anonymous is off
+    assert (alice.name, alice.password, alice.password_hash) == ("alice", None, HASH)
+    assert (alice.home, alice.perm, alice.url) == ("/alice", "elradfmwMT", "")
+    assert (bob.name, bob.home, bob.perm, bob.url) == ("bob", "/", "elr", "gs://other-bucket/bob")
+    [listener] = loaded.listeners
+    assert (listener.addr, listener.tls.mode, listener.tls.cert) == (("", 2121), "explicit", "/etc/ftpvfs/cert.pem")
+    assert HASH not in repr(loaded)
+    assert "bucket" not in repr(loaded)
+
+
+def test_nobody_but_those_in_the_file_may_log_in_unless_asked_for(ini):
+    def names(text, *argv):
+        return [user.name for user in load(["--config", ini(text), *argv], {}).users]
+
+    assert [user.name for user in load([], {}).users] == ["anonymous"]
+    assert names("[user:alice]\npassword = a\n") == ["alice"]
+    assert names("[user:alice]\npassword = a\n[user:anonymous]\nperm = elr\n") == ["alice", "anonymous"]
+    assert names("[user:alice]\npassword = a\n", "--user", "bob", "--pass", "b") == ["bob", "alice"]
+    assert "--user: alice is [user:alice] already" in refusal(
+        "--config", ini("[user:alice]\npassword = a\n"), "--user", "alice"
+    )
+
+
+def test_a_user_may_have_a_store_with_options_of_its_own(ini):
+    path = ini(
+        "[backend]\nurl = s3://b\nkey = common\n"
+        "[user:alice]\npassword = a\nurl = s3://c\noption.key = own\noption.password = x\noption.n = 5\n"
+    )
+    [alice] = load(["--config", path], {}).users
+    assert alice.storage_options == {"key": "own", "password": "x", "n": 5}
+
+
+def test_listeners_have_their_own_tls_or_the_common_one(ini):
+    path = ini(
+        "[tls]\ncert = c.pem\nmode = explicit\nmin_version = tls1.3\n"
+        "[listener:inside]\naddr = 127.0.0.1:21\ntls_mode = off\n"
+        "[listener:outside]\naddr = :990\ntls_mode = implicit\ncert = d.pem\nrequire_tls_reuse = true\n"
+    )
+    inside, outside = load(["--config", path], {}).listeners
+    assert (inside.name, inside.addr, inside.tls.mode) == ("inside", ("127.0.0.1", 21), "off")
+    assert (outside.addr, outside.tls.mode, outside.tls.cert) == (("", 990), "implicit", "d.pem")
+    assert (outside.tls.min_version, outside.tls.require_reuse, inside.tls.require_reuse) == ("tls1.3", True, False)
+    both = load(["--config", path, "--addr", ":2121"], {}).listeners
+    assert [(each.name, each.addr.port, each.tls.mode) for each in both[:1]] == [("", 2121, "explicit")]
+    assert len(both) == 3
+
+
+def test_a_certificate_alone_means_implicit_tls_as_with_rclone():
+    assert [each.tls.mode for each in load(["--cert", "c.pem"], {}).listeners] == ["implicit"]
+    assert [each.tls.mode for each in load(["--cert", "c.pem", "--tls-mode", "off"], {}).listeners] == ["off"]
+    assert [each.tls.mode for each in load([], {}).listeners] == ["off"]
+    assert "without a certificate; write --cert FILE" in refusal("--tls-mode", "explicit")
+    assert "without a certificate" in refusal("--key", "k.pem")
+
+
+def test_who_may_log_in_is_decided_in_one_place(ini):
+    path = ini("[user:alice]\npassword = a\n")
+    assert "--authorizer: leaves no room for [user:alice]" in refusal("--config", path, "--authorizer", "a:B")
+    assert "--authorizer: leaves no room for --user" in refusal("--authorizer", "a:B", "--pass", "x")
+    assert load(["--authorizer", "a:B"], {}).users == ()
+    assert "'a.b' names no class" in refusal("--authorizer", "a.b")
+
+
 @pytest.mark.parametrize(
     ("line", "value"),
     [
@@ -560,8 +638,19 @@ def test_json_in_the_backend_section_may_hold_comment_signs_and_span_lines(ini):
         ("[server]\nread_only = true\n", 2, ["read_only belongs in [vfs]"]),
         ("[vfs]\nvfs_pass = x\n", 2, ["unknown key"]),
         ("[vsf]\n", 1, ["unknown section [vsf]", "[vfs]"]),
-        ("[tls]\nmode = explicit\n", 2, ["mode in [tls]", "not available yet"]),
-        ("[user:alice]\nhome = /\n", 1, ["unknown section [user:alice]"]),
+        ("[tls]\nmod = explicit\n", 2, ["mod in [tls]", "unknown key", "mode"]),
+        ("[user:alice]\nhome = /\n", 1, ["[user:alice] has no password_hash", "hash-password"]),
+        ("[user:alice]\npassword = a\npassword_hash = " + HASH + "\n", 1, ["give one of them"]),
+        ("[user:alice]\npassword_hash = hunter2\n", 2, ["the value is no argon2 hash", "hash-password"]),
+        ("[user:alice]\npassword = a\nprem = r\n", 3, ["unknown key", "nearest known one is perm"]),
+        ("[user:alice]\npassword = a\nperm = rx\n", 3, ["'rx' is no permissions", "elradfmwMT"]),
+        ("[user:alice]\npassword = a\noption.key = k\n", 1, ["no url for its storage options"]),
+        ("[user:]\npassword = a\n", 1, ["[user:] has no name", "[user:alice]"]),
+        ("[user]\npassword = a\n", 1, ["[user] has no name", "[user:alice]"]),
+        ("[users:alice]\npassword = a\n", 1, ["unknown section [users:alice]", "[user:NAME]"]),
+        ("[listener:a]\ncert = x\n", 1, ["[listener:a] has no addr", "addr = :990"]),
+        ("[listener:a]\naddr = :1\nmode = off\n", 3, ["unknown key", "tls_mode"]),
+        ("[listener:a]\naddr = :1\ntls_mode = required\n", 1, ["[listener:a]: TLS mode required without a cert"]),
         ("[vfs]\ndir_cache_time = 5x ; five\n", 2, ["dir_cache_time in [vfs]: '5x' is no duration", "1h30m"]),
         ("\n[server]\naddr = :1\n\naddr = :2\n", 5, ["'addr' is repeated"]),
         ("[vfs]\n[server]\n[vfs]\n", 3, ["section 'vfs' is repeated"]),
@@ -670,8 +759,9 @@ def test_every_option_is_a_flag_a_variable_and_a_key_and_is_documented(row, ini)
     value = row.kind.parse(text)
 
     def found(*argv: str, **environ: str) -> object:
-        return getattr(getattr(load(argv, environ), row.section), row.field)
+        return getattr(getattr(load(argv, {**needed, **environ}), row.section), row.field)
 
+    needed = {"FTPVFS_CERT": "c.pem"} if row.section == "tls" and row.key != "cert" else {}
     assert found(f"--{row.flag}={text}") == value
     assert found(**{row.variable: text}) == value
     assert found("--config", ini(f"[{row.section}]\n{row.key} = {text}\n")) == value

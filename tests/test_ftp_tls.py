@@ -10,18 +10,13 @@ import socket
 import ssl
 import subprocess
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from ftpvfs import TLS_VFSDTPHandler, TLS_VFSHandler
+from tests.certificates import write_certificate
 from tests.conftest import Store, StoreFactory, download, last_reply, reply, reset, upload
 from tests.servers import HOST, wait_until
 from tests.test_ftp_uploads import Events, assert_untouched
@@ -37,27 +32,7 @@ VERSIONS = {"TLS 1.2": ssl.TLSVersion.TLSv1_2, "TLS 1.3": ssl.TLSVersion.TLSv1_3
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A self-signed certificate for this machine, with its key, in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(timezone.utc)
-    alternatives = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ip_address(HOST))])
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(alternatives, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    encoding = serialization.Encoding.PEM
-    private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    file = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    file.write_bytes(private + signed.public_bytes(encoding))
-    return file
+    return write_certificate(tmp_path_factory.mktemp("tls") / "certificate.pem")
 
 
 @pytest.fixture
@@ -185,6 +160,29 @@ def test_a_handshake_that_fails_is_answered_with_522(store: Store, ftp: ftplib.F
     socket.create_connection(address).close()
     assert last_reply(ftp)[:3] in {"425", "426", "522"}
     assert reply(ftp, "NOOP").startswith("200 ")
+    assert_untouched(store)
+
+
+@pytest.mark.parametrize("store", ["local"], indirect=True)
+def test_a_handshake_that_stands_still_keeps_nobody_busy(store: Store, secure: Any, serve: Serve) -> None:
+    store.write("a", OLD)
+    tries = []
+
+    class Counting(TLS_VFSDTPHandler):
+        def _do_ssl_handshake(self) -> None:
+            tries.append(self)
+            super()._do_ssl_handshake()
+
+    ftp = secure(serve(store, dtp_handler=Counting))
+    for command in ("RETR a", "STOR a"):
+        tries.clear()
+        address = ftplib.parse229(reply(ftp, "EPSV"), (HOST, 0))
+        with socket.create_connection(address):
+            assert reply(ftp, command)[:4] in {"125 ", "150 "}
+            for _ in range(50):  # turns of the loop
+                assert reply(ftp, "NOOP").startswith("200 ")
+            assert len(tries) < 10
+        assert last_reply(ftp)[:4] in {"426 ", "522 "}
     assert_untouched(store)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from ftpvfs.config.table import OPTIONS, PREFIX, URL_OPTION, nearest
 from ftpvfs.config.values import BOOL, ConfigError, storage_value
 
-COMMANDS = ("serve", "check-config")
+COMMANDS = ("serve", "check-config", "hash-password")
 
 FLAGS = {f"--{row.flag}": row for row in OPTIONS}
 OTHER_FLAGS = ("--config", "--option", "--verbose", "--version", "--help")
@@ -71,6 +71,8 @@ def command_of(positionals: Sequence[str]) -> tuple[str, list[str]]:
         command = rest.pop(0)
     if command == "check-config" and len(rest) != 1:
         raise ConfigError("check-config: name one ini file, as in check-config ftpvfs.ini")
+    if command == "hash-password" and rest:
+        raise ConfigError("hash-password: asks for the password, or reads it from standard input")
     if len(rest) > 1:
         if rest == list(positionals):
             near = nearest(rest[0], COMMANDS)

@@ -4,19 +4,43 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import iniconfig
 
-from ftpvfs.config.table import BACKEND, OPTIONS, SECTIONS, URL_OPTION, Option, nearest
-from ftpvfs.config.values import ConfigError, storage_value
+from ftpvfs.config.table import (
+    BACKEND,
+    LISTENER,
+    LISTENER_OPTIONS,
+    OPTIONS,
+    SECTIONS,
+    URL_OPTION,
+    USER,
+    USER_OPTIONS,
+    Option,
+    nearest,
+)
+from ftpvfs.config.values import USER_NAME, ConfigError, storage_value
 
 # A comment starts at a ; or # behind white space or at the line's start, so that `a;b` and `$argon2$x#y` are
 # values. A JSON string may hold anything: the first half steps over it.
 COMMENT = re.compile(r"""((?<=[\s=\[{,:])"(?:[^"\\]|\\.)*")|(?:^|\s)[;#].*""")
+
+KINDS = {USER: "alice", LISTENER: "outside"}  # sections with names, and an example
+STORAGE_OPTION = "option."  # before a storage option's name; in [backend] only where that is `url`
+
+
+@dataclass
+class Section:
+    """One of several sections of a kind, as [user:alice]; `where` it starts, for errors."""
+
+    where: str
+    values: dict[str, Any] = field(default_factory=dict)
+    storage_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -25,11 +49,14 @@ class Ini:
 
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     storage_options: dict[str, Any] = field(default_factory=dict)
+    users: dict[str, Section] = field(default_factory=dict)
+    listeners: dict[str, Section] = field(default_factory=dict)
     problems: list[ConfigError] = field(default_factory=list)
     backend: str = ""  # where [backend] starts, for errors
 
 
 def read_ini(path: str) -> Ini:
+    """Read an ini file; what is wrong with it is in the answer's `problems`."""
     found = Ini()
     try:
         lines = _ini_lines(path)
@@ -42,22 +69,88 @@ def read_ini(path: str) -> Ini:
         return found
     for section in parsed:
         where = f"{path}:{parsed.lineof(section.name)}"
-        if section.name not in {*SECTIONS, BACKEND}:
-            near = nearest(section.name, [*SECTIONS, BACKEND])
-            found.problems.append(
-                ConfigError(f"{where}: unknown section [{section.name}]; the nearest known one is [{near}]")
-            )
+        try:
+            read_key = _reader(found, section.name, where)
+        except ConfigError as error:
+            found.problems.append(error)
             continue
-        if section.name == BACKEND:
-            found.backend = where
+        problems = len(found.problems)
         for key, text in section.items():
             line = section.lineof(key) or 0
             try:
                 _check_line(lines[line - 1], key, text, f"{path}:{line}")
-                _read_key(found, section.name, key, text, f"{path}:{line}: {key} in [{section.name}]")
+                read_key(key, text, f"{path}:{line}: {key} in [{section.name}]")
             except ConfigError as error:
                 found.problems.append(error)
+        if len(found.problems) == problems:
+            found.problems += _incomplete(found, section.name)
     return found
+
+
+def _reader(found: Ini, section: str, where: str) -> Callable[[str, str, str], None]:
+    """What reads a line of the section: (key, text, source)."""
+    kind, colon, name = section.partition(":")
+    if section == BACKEND:
+        found.backend = where
+        return partial(_read_backend_key, found)
+    if section in SECTIONS:
+        values = found.values.setdefault(section, {})
+        return partial(_read_key, values, [row for row in OPTIONS if row.section == section])
+    if kind in KINDS and not name.strip():
+        raise ConfigError(f"{where}: [{section}] has no name; write for example [{kind}:{KINDS[kind]}]")
+    if kind == USER:
+        check_user(name, where)
+        user = found.users[name] = Section(where)
+        return partial(_read_user_key, user)
+    if kind == LISTENER:
+        listener = found.listeners[name] = Section(where)
+        return partial(_read_key, listener.values, LISTENER_OPTIONS)
+    near = nearest(kind if colon else section, [*SECTIONS, BACKEND, *(f"{kind}:NAME" for kind in KINDS)])
+    raise ConfigError(f"{where}: unknown section [{section}]; the nearest known one is [{near}]")
+
+
+def check_user(name: str, where: str) -> None:
+    """Raise ConfigError for a name that no client can say."""
+    try:
+        USER_NAME.parse(name)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {name!r} {error}") from None
+
+
+def _read_backend_key(found: Ini, key: str, text: str, source: str) -> None:
+    if key == URL_OPTION.key:
+        _read_key(found.values.setdefault(BACKEND, {}), [URL_OPTION], key, text, source)
+    else:
+        found.storage_options[key.removeprefix(STORAGE_OPTION)] = storage_value(text)
+
+
+def _read_user_key(user: Section, key: str, text: str, source: str) -> None:
+    # Unlike [backend] a user's section takes no other key for a storage option: a slip in `perm` would be one.
+    if key.startswith(STORAGE_OPTION):
+        user.storage_options[key.removeprefix(STORAGE_OPTION)] = storage_value(text)
+    elif key not in {row.key for row in USER_OPTIONS}:
+        near = nearest(key, [row.key for row in USER_OPTIONS])
+        hint = f"{STORAGE_OPTION}{key} would be a storage option of the user's own url"
+        raise ConfigError(f"{source}: unknown key; the nearest known one is {near}, and {hint}")
+    else:
+        _read_key(user.values, USER_OPTIONS, key, text, source)
+
+
+def _incomplete(found: Ini, section: str) -> Iterator[ConfigError]:
+    kind, _, name = section.partition(":")
+    if kind == USER:
+        user = found.users[name]
+        secrets = {"password", "password_hash"} & user.values.keys()
+        if len(secrets) > 1:
+            yield ConfigError(f"{user.where}: [{section}] has a password and a password_hash; give one of them")
+        elif not secrets and name != "anonymous":
+            hint = "python -m ftpvfs hash-password makes one"
+            yield ConfigError(f"{user.where}: [{section}] has no password_hash; {hint}")
+        if not user.values.get("url") and (user.storage_options or "cache_name" in user.values):
+            yield ConfigError(f"{user.where}: [{section}] has no url for its storage options")
+    if kind == LISTENER and "addr" not in found.listeners[name].values:
+        where = found.listeners[name].where
+        yield ConfigError(f"{where}: [{section}] has no addr; write for example addr = :990")
 
 
 def _ini_lines(path: str) -> list[str]:
@@ -108,17 +201,17 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _read_key(found: Ini, section: str, key: str, text: str, source: str) -> None:
-    if section == BACKEND and key != URL_OPTION.key:
-        found.storage_options[key] = storage_value(text)
-        return
-    rows = {row.key: row for row in (*OPTIONS, URL_OPTION) if row.section == section}
+def _read_key(values: dict[str, Any], known: Iterable[Option], key: str, text: str, source: str) -> None:
+    rows = {row.key: row for row in known}
     if key not in rows:
         raise ConfigError(f"{source}: unknown key; {_where_known(key, rows)}")
-    found.values.setdefault(section, {})[rows[key].field] = rows[key].read(text, source)
+    values[rows[key].field] = rows[key].read(text, source)
 
 
 def _where_known(key: str, rows: Mapping[str, Option]) -> str:
+    for row in rows.values():
+        if key == row.field:
+            return f"it is called {row.key} here"
     for row in (*OPTIONS, URL_OPTION):
         if key in (row.key, row.flag.replace("-", "_")) and row.key not in rows:
             return f"{row.key} belongs in [{row.section}]"

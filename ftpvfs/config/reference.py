@@ -7,8 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ftpvfs.config.table import OPTIONS, PREFIX, URL_OPTION, Option
+from ftpvfs.config.table import LISTENER_OPTIONS, OPTIONS, PREFIX, URL_OPTION, USER_OPTIONS, Option
 from ftpvfs.config.values import BOOL, ConfigError
+
+ROWS = (*OPTIONS, *USER_OPTIONS)
+LISTENERS = "One of several addresses to listen on; has the other TLS options' keys, too, under the flags' names: " + (
+    ", ".join(f"`{row.key}`" for row in LISTENER_OPTIONS if row.field != "addr")
+)
 
 
 class _Entry(NamedTuple):
@@ -36,7 +41,8 @@ def _entry(row: Option) -> _Entry:
 def _entries() -> list[_Entry]:
     config = f"{PREFIX}CONFIG"
     return [
-        *(_entry(row) for row in OPTIONS if not (row.later or row.hidden)),
+        *(_entry(row) for row in ROWS if not (row.later or row.hidden)),
+        _Entry("TLS", "", "", "", "[listener:NAME] addr", "", "", LISTENERS),
         _Entry("Logging", "verbose", "v", "", "", "", "", "Log level INFO; -vv is DEBUG"),
         _entry(URL_OPTION)._replace(flag=""),
         _Entry(
@@ -66,6 +72,7 @@ def help_text() -> str:
         "Usage:",
         "  ftpvfs [serve] [URL] [flags]     URL is a folder (default: the current one) or e.g. s3://bucket/prefix",
         "  ftpvfs check-config FILE",
+        "  ftpvfs hash-password             make a password_hash for a [user:NAME] in the ini file",
         "",
         f"Each flag is also a variable, --read-only is {PREFIX}READ_ONLY, and a key in the ini file.",
     ]
@@ -88,18 +95,19 @@ def reference() -> str:
         out += [f"**{group}**", "", "| Flag | Ini | Variable | Default | Meaning |", "|---|---|---|---|---|"]
         for entry in entries:
             if entry.group == group:
-                out.append("| " + " | ".join(_cells(entry)) + " |")
+                out.append("| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(entry)) + " |")
         out.append("")
     return "\n".join(out)
 
 
 def _cells(entry: _Entry) -> Iterator[str]:
     short = f"`-{entry.short}`, " if entry.short else ""
-    yield f"{short}`--{entry.flag}{' ' + entry.kind if entry.kind else ''}`" if entry.flag else "`URL`"
+    flag = f"--{entry.flag} {entry.kind}".rstrip() if entry.flag else "URL" if entry.variable else ""
+    yield f"{short}`{flag}`" if flag else ""
     yield f"`{entry.key}`" if entry.key else ""
     yield f"`{entry.variable}`" if entry.variable else ""
     yield entry.default
-    yield entry.meaning.replace("|", "\\|")
+    yield entry.meaning
 
 
 BEGIN, END = "<!-- options -->", "<!-- /options -->"

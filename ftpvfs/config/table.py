@@ -22,6 +22,7 @@ from ftpvfs.config.values import (
     CONFLICT,
     COUNT,
     DURATION,
+    HOME,
     ID,
     KEEP_PARTIAL,
     LOG_FORMAT,
@@ -29,7 +30,10 @@ from ftpvfs.config.values import (
     MODE,
     NAME,
     NETWORKS,
+    PASSWORD_HASH,
     PATH,
+    PERMISSIONS,
+    PERMS,
     PORTS,
     POSITIVE,
     PUBLIC_IP,
@@ -38,7 +42,7 @@ from ftpvfs.config.values import (
     TEXT,
     TLS_MODE,
     TLS_VERSION,
-    USER,
+    USER_NAME,
     Address,
     Bandwidth,
     ConfigError,
@@ -70,7 +74,7 @@ class Option:
 
     @property
     def variable(self) -> str:
-        return PREFIX + self.flag.upper().replace("-", "_")
+        return self.flag and PREFIX + self.flag.upper().replace("-", "_")
 
     def read(self, text: str, source: str) -> Any:
         """The value that the text stands for; ConfigError names the source."""
@@ -142,7 +146,7 @@ class ServerOptions:
         "Server",
         "IP:port or :port (all interfaces) to listen on; port 0 is any free one",
     )
-    user: str = option("anonymous", USER, "Server", "User name for authentication")
+    user: str = option("anonymous", USER_NAME, "Server", "User name for authentication")
     password: str = option(
         "",
         TEXT,
@@ -180,7 +184,6 @@ class ServerOptions:
         CLASS,
         "Users",
         "A class of your own, derived from any of pyftpdlib's authorizers, decides who may log in",
-        later=True,
     )
     auth_proxy: str = option(
         "", TEXT, "Users", "A program to use to find the user's backend from name and password", later=True
@@ -229,17 +232,12 @@ class TLSOptions:
         "off, explicit (AUTH TLS may be used), required (it must be) or implicit (TLS from the first byte)",
         shown="`implicit` with a certificate, else `off`",
         flag="tls-mode",
-        later=True,
     )
-    cert: str = option(
-        "", PATH, "TLS", "TLS PEM certificate, followed by those of its CAs; the key may be in it, too", later=True
-    )
-    key: str = option("", PATH, "TLS", "TLS PEM private key", later=True)
-    client_ca: str = option(
-        "", PATH, "TLS", "PEM certificates of CAs; clients must show a certificate of one of them", later=True
-    )
+    cert: str = option("", PATH, "TLS", "TLS PEM certificate, followed by those of its CAs; the key may be in it, too")
+    key: str = option("", PATH, "TLS", "TLS PEM private key")
+    client_ca: str = option("", PATH, "TLS", "PEM certificates of CAs; clients must show a certificate of one of them")
     min_version: str = option(
-        "tls1.2", TLS_VERSION, "TLS", "Minimum TLS version: tls1.2 or tls1.3", flag="min-tls-version", later=True
+        "tls1.2", TLS_VERSION, "TLS", "Minimum TLS version: tls1.2 or tls1.3", flag="min-tls-version"
     )
     strict_eof: bool = option(
         "on",
@@ -247,7 +245,6 @@ class TLSOptions:
         "TLS",
         "Refuse uploads that end without close_notify: they may have been cut; off is for old clients",
         flag="tls-strict-eof",
-        later=True,
     )
     require_reuse: bool = option(
         "false",
@@ -255,7 +252,6 @@ class TLSOptions:
         "TLS",
         "Refuse data connections that do not resume the control connection's TLS session",
         flag="require-tls-reuse",
-        later=True,
     )
 
 
@@ -450,6 +446,47 @@ class LogOptions:
     )
 
 
+@dataclass(frozen=True)
+class User:
+    """Who may log in: ini section [user:NAME]. Without a password and a hash every password is right.
+
+    `url` and `storage_options` are a backend of the user's own; empty means that of all.
+    """
+
+    name: str = ""
+    password: str | None = option(None, TEXT, "Users", "The password in clear; better keep a hash of it", secret=True)
+    password_hash: str | None = option(
+        None, PASSWORD_HASH, "Users", "The password's argon2 hash, which `ftpvfs hash-password` makes", secret=True
+    )
+    home: str = option("/", HOME, "Users", "Folder in which the user is kept; made when it is first written to")
+    perm: str = option(
+        PERMISSIONS,
+        PERMS,
+        "Users",
+        "pyftpdlib's letters: enter, list, read; append, delete, rename (f), make folders, write, mode (M), time (T)",
+    )
+    url: str = option(
+        "", TEXT, "Users", "A backend of the user's own; `option.KEY` is a storage option for it", secret=True
+    )
+    cache_name: str | None = option(
+        None, NAME, "Users", "What --name is for the common backend, for the user's own", shown="from the URL"
+    )
+    max_cons: int = option("0", COUNT, "Users", "Most sessions of the user at once; 0 is no limit", later=True)
+    bwlimit: Bandwidth = option(
+        "off", BANDWIDTH, "Users", "Bytes a second of all the user's data connections together", later=True
+    )
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Where to listen, and with what TLS, whose mode is never None here: ini section [listener:NAME]."""
+
+    addr: Address
+    tls: TLSOptions
+    name: str = ""
+
+
 SECTIONS: dict[str, type[Any]] = {
     "server": ServerOptions,
     "tls": TLSOptions,
@@ -461,17 +498,26 @@ BACKEND = "backend"  # the one section with free keys: url, and a storage option
 
 def _rows(section: str, options: type[Any]) -> Iterator[Option]:
     for each in dataclasses.fields(options):
-        row: Option = each.metadata["option"]
-        yield dataclasses.replace(
-            row,
-            section=section,
-            field=each.name,
-            key=row.key or each.name,
-            flag=row.flag or each.name.replace("_", "-"),
-        )
+        row: Option | None = each.metadata.get("option")
+        if row is not None:
+            yield dataclasses.replace(
+                row,
+                section=section,
+                field=each.name,
+                key=row.key or each.name,
+                flag=row.flag or each.name.replace("_", "-"),
+            )
 
 
 OPTIONS = tuple(row for section, options in SECTIONS.items() for row in _rows(section, options))
+# Rows of sections that may be there several times, and so are neither flags nor variables.
+USER, LISTENER = "user", "listener"
+USER_OPTIONS = tuple(dataclasses.replace(row, flag="") for row in _rows(f"{USER}:NAME", User))
+LISTENER_OPTIONS = tuple(
+    dataclasses.replace(row, section=f"{LISTENER}:NAME", key=row.flag.replace("-", "_"), flag="", group="Listeners")
+    for row in OPTIONS
+    if row.section == "tls" or row.field == "addr"
+)
 URL_OPTION = Option(
     kind=TEXT,
     group="Backend",
@@ -498,6 +544,8 @@ class Config:
     server: ServerOptions = field(default_factory=ServerOptions, repr=False)
     tls: TLSOptions = field(default_factory=TLSOptions)
     log: LogOptions = field(default_factory=LogOptions)
+    users: tuple[User, ...] = ()  # all who may log in; none where a program or a class decides
+    listeners: tuple[Listener, ...] = ()
     file: str = ""
     warnings: tuple[str, ...] = ()
 

@@ -16,6 +16,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ftpvfs import paths
+
 LARGEST = 2**63 - 1  # rclone's sizes and durations (in nanoseconds) are 64 bit numbers
 
 
@@ -61,6 +63,9 @@ DURATION_UNITS = {
 }
 LONGEST_FIRST = sorted(DURATION_UNITS, key=len, reverse=True)
 DURATION_PART = re.compile(rf"({NUMBER})({'|'.join(LONGEST_FIRST)})", re.ASCII)
+PERMISSIONS = "elradfmwMT"  # pyftpdlib's: change folder, list, read; append, delete, rename, mkdir, write, mode, time
+# `$argon2id$v=19$m=65536,t=3,p=4$salt$hash`, the form that argon2's own programs write.
+ARGON2 = re.compile(r"\$argon2(id|i|d)\$(v=\d+\$)?m=\d+,t=\d+,p=\d+\$[A-Za-z0-9+/]+\$[A-Za-z0-9+/]+", re.ASCII)
 TRUE = {"1", "t", "true", "yes", "on"}
 FALSE = {"0", "f", "false", "no", "off"}
 
@@ -302,6 +307,24 @@ def storage_value(text: str) -> Any:
         return text
 
 
+def parse_home(text: str) -> str:
+    return paths.normalize(text)
+
+
+def parse_permissions(text: str) -> str:
+    """pyftpdlib's letters, each once."""
+    unknown = set(text) - set(PERMISSIONS)
+    if unknown or not text:
+        raise ValueError(f"is no permissions; write some of the letters {PERMISSIONS}")
+    return "".join(letter for letter in PERMISSIONS if letter in text)
+
+
+def parse_password_hash(text: str) -> str:
+    if not ARGON2.fullmatch(text):
+        raise ValueError("is no argon2 hash; python -m ftpvfs hash-password makes one")
+    return text
+
+
 def parse_class(text: str) -> str:
     if text and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", text):
         raise ValueError("names no class; write module:Class, for example mycompany.ftp:LdapAuthorizer")
@@ -363,7 +386,7 @@ ID = Kind("uint32", integer(0, 2**32 - 1), str, (int, type(None)))
 TEXT = Kind("string", parse_text)
 PATH = Kind("string", parse_path, str, (Path,))
 NAME = Kind("string", parse_name, str, (type(None),))
-USER = Kind("string", parse_user)
+USER_NAME = Kind("string", parse_user)
 ADDRESS = Kind("string", parse_address, format_address)
 PORTS = Kind("string", parse_ports, format_ports)
 PUBLIC_IP = Kind("string", parse_public_ip, format_public_ip)
@@ -371,6 +394,9 @@ NETWORKS = Kind("string", parse_networks, format_networks)
 BANDWIDTH = Kind("BwPair", parse_bandwidth, format_bandwidth)
 CLASS = Kind("module:Class", parse_class)
 CALLBACK = Kind("string", parse_text, str, (), (Callable,))  # a command, a URL, or a callable
+HOME = Kind("path", parse_home)
+PERMS = Kind("letters", parse_permissions)
+PASSWORD_HASH = Kind("string", parse_password_hash)
 CACHE_MODE = Kind("CacheMode", choice("off", later=("minimal", "writes", "full")))
 CONFLICT = Kind("overwrite|keep-both|fail", choice("overwrite", "keep-both", "fail"))
 ACK = Kind("cache|store", choice("cache", "store"))

@@ -15,15 +15,15 @@ import re
 from typing import Any
 
 from pyftpdlib.exceptions import FilesystemError
-from pyftpdlib.handlers import FTPHandler, TLS_FTPHandler
+from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.handlers.ftp.producers import BufferedIteratorProducer
 from pyftpdlib.log import logger as session_logger
-from pyftpdlib.utils import is_ssl_sock
 
 from ftpvfs import paths
-from ftpvfs.server.commands import Commands
 from ftpvfs.server.dispatch import VFSActiveDTP, VFSPassiveDTP
+from ftpvfs.server.login import Login
 from ftpvfs.server.offload import Abandoned, current_task
+from ftpvfs.server.tls import TLSControl
 from ftpvfs.server.transfer import NO_SPACE, Stage, TLS_VFSDTPHandler, VFSDTPHandler
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def reply_code(error: OSError) -> int:
     return 553 if error.errno in BAD_NAME else 550
 
 
-class VFSHandler(Commands, FTPHandler):
+class VFSHandler(Login):
     """A session over a `VFSFilesystem`; set `abstracted_fs` and `authorizer` on a subclass. Runs on its event loop."""
 
     # pyftpdlib's own.
@@ -326,16 +326,10 @@ class VFSHandler(Commands, FTPHandler):
         return super().ftp_STOU(line)
 
 
-class TLS_VFSHandler(VFSHandler, TLS_FTPHandler):
-    """The same with FTPS; `certfile` and the other attributes are pyftpdlib's."""
+class TLS_VFSHandler(VFSHandler, TLSControl):
+    """The same with FTPS; `certfile` and the other attributes are pyftpdlib's, `tls_mode` and more `TLSControl`'s."""
 
     dtp_handler = TLS_VFSDTPHandler
-
-    def ftp_AUTH(self, line: str) -> None:
-        """Begin TLS; what was sent in clear behind AUTH was sent by anybody, and is dropped."""
-        super().ftp_AUTH(line)
-        if is_ssl_sock(self.socket):
-            self.ac_in_buffer = b""
 
 
 def _loggable(text: str) -> str:

@@ -30,6 +30,7 @@ from ftpvfs.errors import reason_of
 from ftpvfs.server.commands import asks_to_abort
 from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
 from ftpvfs.server.source import STEP, FileSource, NetworkText, TLSSource, ViewSource
+from ftpvfs.server.tls import TLSData
 from ftpvfs.waiting import Wait, WouldWait, limited_to
 
 logger = logging.getLogger(__name__)
@@ -460,7 +461,7 @@ class VFSDTPHandler(DTPHandler):
         callback(name)
 
 
-class TLS_VFSDTPHandler(TLS_DTPHandler, VFSDTPHandler):
+class TLS_VFSDTPHandler(TLSData, VFSDTPHandler):
     """The same over TLS, where only close_notify ends an upload: a connection that merely stops may have been cut."""
 
     def recv(self, buffer_size: int) -> bytes:
@@ -478,6 +479,8 @@ class TLS_VFSDTPHandler(TLS_DTPHandler, VFSDTPHandler):
         except SSL.ZeroReturnError:
             return b""
         except SSL.Error as error:
+            if self.is_bare_end(error):
+                return b""
             raise ConnectionResetError(errno.ECONNRESET, "TLS ended without close_notify") from error
 
     def handle_close(self) -> None:

@@ -1,0 +1,192 @@
+"""From options to objects: the stores, who may use them, and a handler class for each listener.
+
+An `Assembly` is made before any fork and used in each process. Nothing in it contacts a store before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ftpvfs.authorizer import READ, VFSAuthorizer
+from ftpvfs.config import Config, ConfigError, Listener, User
+from ftpvfs.filesystem import VFSFilesystem
+from ftpvfs.server.handler import TLS_VFSHandler, VFSHandler
+from ftpvfs.server.tls import Certificates
+from ftpvfs.vfs.vfs import VFS
+
+logger = logging.getLogger(__name__)
+
+
+class Assembly:
+    """What the options describe. Raises ConfigError for what is wrong with certificates, users and their stores.
+
+    `vfs` is the store of all who have none of their own, None where everybody has.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._certificates = {
+            listener: Certificates(listener.tls) for listener in config.listeners if listener.tls.mode != "off"
+        }
+        self._stores = _Stores(config)
+        is_common = bool(config.server.authorizer) or any(not user.url for user in config.users)
+        self.vfs = self._stores.store(config.url, config.storage_options, config.vfs.name) if is_common else None
+        self._own = {user.name: self._own_store(user) for user in config.users}
+        _authorizer_class(config)
+        self._authorizer: Any = None
+
+    def _own_store(self, user: User) -> VFS | None:
+        if not user.url:
+            return None
+        try:
+            return self._stores.store(user.url, user.storage_options, user.cache_name)
+        except ConfigError as error:
+            raise ConfigError(f"[user:{user.name}]: {error}") from None
+
+    @property
+    def vfses(self) -> tuple[VFS, ...]:
+        """All stores that the options name, the common one first."""
+        return tuple(self._stores.all)
+
+    @property
+    def authorizer(self) -> Any:
+        """Who may log in; made where it is first used, so that it need not survive a fork."""
+        if self._authorizer is None:
+            self._authorizer = self._make_authorizer()
+        return self._authorizer
+
+    def _make_authorizer(self) -> Any:
+        own = _authorizer_class(self.config)
+        if own is not None:
+            return own()
+        authorizer = VFSAuthorizer()
+        for user in self.config.users:
+            authorizer.add_user(
+                user.name,
+                user.password,
+                user.home,
+                perm=allowed(self.config, user.perm),
+                password_hash=user.password_hash,
+                vfs=self._own[user.name],
+            )
+        return authorizer
+
+    def handler(self, listener: Listener) -> type[VFSHandler]:
+        """Return the handler class for the sessions of a listener; to be called in the process that serves them."""
+        server, tls = self.config.server, listener.tls
+        attributes: dict[str, Any] = {
+            "abstracted_fs": type("Filesystem", (VFSFilesystem,), {"vfs": self.vfs}),
+            "authorizer": self.authorizer,
+            "passive_ports": server.passive_port,
+            "masquerade_address": _public_ip(self.config),
+        }
+        if listener not in self._certificates:
+            return type("Handler", (VFSHandler,), attributes)
+        attributes |= {
+            "certificates": self._certificates[listener],
+            "tls_mode": tls.mode,
+            "tls_require_reuse": tls.require_reuse,
+            "tls_strict_eof": tls.strict_eof,
+        }
+        return type("TLSHandler", (TLS_VFSHandler,), attributes)
+
+    def reload(self) -> None:
+        """Read the certificates again; sessions go on with those that they have. In each process."""
+        for certificates in self._certificates.values():
+            certificates.reload()
+
+    def forget(self) -> None:
+        """Drop all cached listings. In each process."""
+        for vfs in self.vfses:
+            vfs.forget()
+
+    def close(self) -> None:
+        """Release what this process has open."""
+        for vfs in self.vfses:
+            vfs.close()
+
+
+class _Stores:
+    """One VFS for each distinct backend, whoever uses it."""
+
+    def __init__(self, config: Config) -> None:
+        self._options = config.vfs
+        self._found: dict[str, VFS] = {}
+        self._names: dict[str, str] = {}
+
+    @property
+    def all(self) -> list[VFS]:
+        return list(self._found.values())
+
+    def store(self, url: str, storage_options: Mapping[str, Any], cache_name: str | None) -> VFS:
+        """Return the VFS of a backend. Raises ConfigError for a second backend whose cache would be that of another."""
+        backend = json.dumps([url, storage_options], sort_keys=True)
+        vfs = self._found.get(backend)
+        if vfs is None:
+            vfs = VFS(url, storage_options=storage_options, options=self._named(cache_name))
+            cache = cache_name or vfs.name
+            if self._names.setdefault(cache, backend) != backend:
+                raise ConfigError(f"{vfs.name} with other options is another user's, too; give it a cache_name")
+            self._found[backend] = vfs
+        return vfs
+
+    def _named(self, cache_name: str | None) -> Any:
+        return dataclasses.replace(self._options, name=cache_name)
+
+
+def allowed(config: Config, permissions: str) -> str:
+    """Return the letters that are left of a user's permissions."""
+    return "".join(letter for letter in permissions if letter in READ or not config.vfs.read_only)
+
+
+def let_in_with_any_password(config: Config) -> list[str]:
+    """Return the users for whom any password is right."""
+    return [user.name for user in config.users if user.password is None and user.password_hash is None]
+
+
+def warnings(config: Config) -> list[str]:
+    """Return what the log should say about the users."""
+    return [
+        f"the password of [user:{user.name}] is in clear; python -m ftpvfs hash-password makes a hash of it"
+        for user in config.users
+        if user.password is not None and user.name != config.server.user
+    ]
+
+
+def check(config: Config) -> list[ConfigError]:
+    """Return what is wrong with certificates, users and the authorizer's class."""
+    try:
+        Assembly(config)
+    except ConfigError as error:
+        return [error]
+    except (OSError, ValueError, ImportError) as error:
+        return [ConfigError(str(error))]
+    return []
+
+
+def _public_ip(config: Config) -> str | None:
+    host, networks = config.server.public_ip
+    if networks or (host and not host.replace(".", "").isdigit()):
+        raise ConfigError("--public-ip: host names and networks are not available yet")
+    return host or None
+
+
+def _authorizer_class(config: Config) -> Any:
+    """Return the class that --authorizer names, None where it names none. Raises ConfigError in one line."""
+    module, colon, name = config.server.authorizer.partition(":")
+    if not colon:
+        return None
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # noqa: BLE001 - whatever somebody's module does when it is imported
+        raise ConfigError(f"--authorizer: {config.server.authorizer}: {type(error).__name__}: {error}") from None
+    needed = [each for each in ("validate_authentication", "get_home_dir", "has_perm") if not hasattr(found, each)]
+    if not inspect.isclass(found) or needed:
+        raise ConfigError(f"--authorizer: {config.server.authorizer} is no class like pyftpdlib's DummyAuthorizer")
+    return found

@@ -1,0 +1,71 @@
+"""Logging in: who the client is, which store is his, and that nobody else waits while this is found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from pyftpdlib.authorizers import AuthenticationFailed, AuthorizerError, DummyAuthorizer
+
+from ftpvfs.server.commands import Commands
+from ftpvfs.vfs.vfs import VFS
+
+T = TypeVar("T")
+# The lane in which an authorizer is asked that does not name one: it may ask others, over the network.
+LOGINS = "logins"
+
+
+class Account(NamedTuple):
+    """What an authorizer says of a user whose password was right."""
+
+    home: str
+    message: str
+    vfs: VFS | None  # a store of the user's own
+
+
+class Login(Commands):
+    """PASS for a `VFSHandler`: the authorizer is asked off the event loop and may name a store of the user's own.
+
+    An authorizer is any of pyftpdlib's, and may have these besides:
+    - `lane`: the name of the threads that are to ask it, None where it answers at once;
+    - `vfs_for(username, password, handler)`: the user's own `VFS`, or None.
+    """
+
+    # The user's own store, which the session's filesystem shows instead of its class's.
+    vfs: VFS | None = None
+
+    def ftp_PASS(self, line: str) -> None:
+        """Check the password of the user that USER named."""
+        if self.authenticated:
+            self.respond("503 User already authenticated.")
+            return
+        if not self.username:
+            self.respond("503 Login with USER first.")
+            return
+        try:
+            account = self._aside(lambda: self._account(line))
+        except (AuthenticationFailed, AuthorizerError) as error:
+            self.handle_auth_failed(str(error), line)
+            return
+        self.vfs = account.vfs
+        self.handle_auth_success(account.home, line, account.message)
+
+    def _account(self, password: str) -> Account:
+        authorizer = self.authorizer
+        authorizer.validate_authentication(self.username, password, self)
+        find_vfs = getattr(authorizer, "vfs_for", None)
+        return Account(
+            authorizer.get_home_dir(self.username),
+            authorizer.get_msg_login(self.username),
+            find_vfs(self.username, password, self) if find_vfs else None,
+        )
+
+    def _aside(self, ask: Callable[[], T]) -> T:
+        """Ask the authorizer in a thread of its lane while the event loop goes on, where there is one to do so."""
+        lane = None if type(self.authorizer) is DummyAuthorizer else getattr(self.authorizer, "lane", LOGINS)
+        return ask() if lane is None else self.offload(lane, ask, changes=True)
+
+    def flush_account(self) -> None:
+        """Forget who the client was."""
+        super().flush_account()
+        self.vfs = None

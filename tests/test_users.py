@@ -1,0 +1,275 @@
+"""Users of the ini file and of an authorizer: who comes in, to what, and that who fails learns nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ftplib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import argon2
+import pytest
+
+from ftpvfs import VFS, VFSAuthorizer
+from ftpvfs.assembly import Assembly, check
+from ftpvfs.authorizer import hash_password
+from ftpvfs.config import ConfigError, load
+from tests.conftest import connect, download, names, program_environment, run_program, upload
+
+CHEAP = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+
+
+def refused(address: tuple[str, int], user: str, password: str) -> str:
+    with pytest.raises(ftplib.error_perm) as caught:
+        connect(address, user, password)
+    return str(caught.value)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Path:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def start(launched: Any, tmp_path: Path, served: Path) -> Any:
+    """start(text) -> the program with an ini file that serves the folder and has this text besides."""
+
+    def launch(text: str, *arguments: str, **keywords: Any) -> Any:
+        ini = tmp_path / "users.ini"
+        ini.write_text(f"[backend]\nurl = {served}\n{text}")
+        return launched("--config", str(ini), *arguments, **keywords)
+
+    return launch
+
+
+def test_users_of_the_ini_file_are_kept_in_their_homes(start: Any, served: Path) -> None:
+    server = start(
+        f"[user:alice]\npassword_hash = {CHEAP.hash('wonder;land #1')}\nhome = /alice\n"
+        f"[user:bob]\npassword_hash = {CHEAP.hash('builder')}\nperm = elr\n"
+    )
+    with connect(server.address, "alice", "wonder;land #1") as ftp:
+        upload(ftp, "a", b"alice's")
+        assert (served / "alice" / "a").read_bytes() == b"alice's"
+        assert ftp.cwd("/../..").startswith("250 ")
+        assert names(ftp) == {"a"}
+    with connect(server.address, "bob", "builder") as ftp:
+        assert download(ftp, "alice/a") == b"alice's"
+        with pytest.raises(ftplib.error_perm, match="550"):
+            upload(ftp, "b", b"")
+    unknown = refused(server.address, "nobody", "x")
+    assert refused(server.address, "alice", "builder") == unknown
+    assert refused(server.address, "anonymous", "guest") == unknown
+    assert "wonder" not in server.log()
+
+
+def test_anonymous_comes_in_where_the_file_says_so(start: Any) -> None:
+    server = start("[user:alice]\npassword = wonder\n[user:anonymous]\nperm = elr\nhome = /pub\n")
+    with connect(server.address) as ftp:
+        assert names(ftp) == set()
+    connect(server.address, "alice", "wonder").close()
+    assert "the password of [user:alice] is in clear" in server.log()
+    assert "wonder" not in server.log()
+
+
+def test_a_user_may_have_a_store_of_his_own(start: Any, tmp_path: Path, served: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    server = start(
+        "[user:alice]\npassword = a\n"
+        f"[user:bob]\npassword = b\nurl = {own}\noption.sync = false\n"
+        f"[user:carol]\npassword = c\nurl = {own}\noption.sync = false\nperm = elr\n"
+    )
+    assert str(served) in server.line
+    assert server.line.count("own") == 1
+    with connect(server.address, "bob", "b") as bob, connect(server.address, "alice", "a") as alice:
+        upload(bob, "mine", b"bob's")
+        upload(alice, "mine", b"alice's")
+        with connect(server.address, "carol", "c") as carol:
+            assert download(carol, "mine") == b"bob's"
+        bob.sendcmd("USER alice")
+        bob.sendcmd("PASS a")
+        assert download(bob, "mine") == b"alice's"
+    assert (own / "mine").read_bytes() == b"bob's"
+    assert (served / "mine").read_bytes() == b"alice's"
+
+
+def test_read_only_holds_for_all_users(start: Any) -> None:
+    server = start("[user:alice]\npassword = a\n", "--read-only")
+    with connect(server.address, "alice", "a") as ftp, pytest.raises(ftplib.error_perm, match="550"):
+        upload(ftp, "a", b"")
+
+
+AUTHORIZER = '''
+from pyftpdlib.authorizers import AuthenticationFailed, DummyAuthorizer
+
+class Mine(DummyAuthorizer):
+    def validate_authentication(self, username, password, handler):
+        if password != username[::-1]:
+            raise AuthenticationFailed("Not the other way round.")
+    def get_home_dir(self, username): return "/" + username
+    def has_user(self, username): return True
+    def has_perm(self, username, perm, path=None): return True
+    def get_perms(self, username): return "elradfmwMT"
+    def get_msg_login(self, username): return "Hello " + username
+    def get_msg_quit(self, username): return "Bye."
+'''
+
+
+def test_an_authorizer_of_ones_own_decides(launched: Any, tmp_path: Path, served: Path) -> None:
+    (tmp_path / "mine.py").write_text(AUTHORIZER)
+    server = launched(str(served), "--authorizer", "mine:Mine", cwd=tmp_path)
+    with connect(server.address, "eve", "eve"[::-1]) as ftp:
+        upload(ftp, "a", b"x")
+    assert (served / "eve" / "a").read_bytes() == b"x"
+    assert "other way round" in refused(server.address, "eve", "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no.such.module:X", "No module named"),
+        ("mine:Other", "AttributeError"),
+        ("mine:AuthenticationFailed", "is no class like"),
+        ("broken:X", "ZeroDivisionError"),
+    ],
+)
+def test_an_authorizer_that_cannot_be_had_stops_the_start(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "mine.py").write_text(AUTHORIZER)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    ended = run_program("--authorizer", name, cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"ftpvfs: --authorizer: {name}")
+    assert words in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+# --- stores
+
+
+def assemble(tmp_path: Path, text: str) -> Assembly:
+    ini = tmp_path / "a.ini"
+    ini.write_text(text)
+    return Assembly(load(["--config", str(ini)], {}))
+
+
+def test_there_is_one_store_for_each_distinct_backend(tmp_path: Path) -> None:
+    users = "".join(
+        f"[user:{name}]\npassword = x\nurl = memory://{url}\noption.a = 1\n" for name, url in ["ab", "cb", "dd"]
+    )
+    assembly = assemble(tmp_path, users)
+    assert assembly.vfs is None
+    assert [vfs.name for vfs in assembly.vfses] == ["memory://b", "memory://d"]
+    ask = assembly.authorizer.vfs_for
+    assert ask("a", "x", None) is ask("c", "x", None) is not ask("d", "x", None)
+    with contextlib.ExitStack() as stack:
+        stack.callback(assembly.close)
+
+
+def test_two_backends_never_share_a_cache(tmp_path: Path) -> None:
+    section = "[user:{0}]\npassword = x\nurl = s3://b\noption.key = {0}\n"
+    text = section.format("a") + section.format("b")
+    with pytest.raises(ConfigError, match=r"\[user:b\]: s3://b with other options .* cache_name"):
+        assemble(tmp_path, text)
+    assert len(assemble(tmp_path, text + "cache_name = second\n").vfses) == 2
+
+
+def test_check_config_looks_at_users_and_certificates(tmp_path: Path) -> None:
+    ini = tmp_path / "a.ini"
+    ini.write_text("[tls]\ncert = /none.pem\n[user:alice]\npassword_hash = x\n")
+    ended = run_program("check-config", str(ini))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "argon2" in ended.stderr
+    ini.write_text(f"[tls]\ncert = /none.pem\n[user:alice]\npassword_hash = {CHEAP.hash('x')}\n")
+    assert "certificate '/none.pem': No such file" in run_program("check-config", str(ini)).stderr
+    assert [str(problem) for problem in check(load(["--config", str(ini)], {}))]
+
+
+# --- passwords
+
+
+def test_a_password_is_hashed_from_standard_input_or_typed_twice(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ftpvfs", "hash-password"]
+    piped = subprocess.run(
+        command, env=program_environment(), input="wonder land\n", capture_output=True, text=True, check=True
+    )
+    assert argon2.PasswordHasher().verify(piped.stdout.strip(), "wonder land")
+    for second, status in ("wonder", 0), ("wander", 1):
+        shown, found = typed(command, ["wonder", second])
+        assert found == status
+        assert "wonder" not in shown
+        assert ("$argon2id$" in shown) == (status == 0)
+
+
+def typed(command: list[str], lines: list[str]) -> tuple[str, int]:
+    """What a program shows on a terminal on which these lines are typed, one to each question, and how it ends."""
+    parent, child = os.openpty()
+    process = subprocess.Popen(
+        command, env=program_environment(), stdin=child, stdout=child, stderr=child, start_new_session=True
+    )
+    os.close(child)
+    shown = b""
+    with contextlib.suppress(OSError):  # the program has ended
+        for number, line in enumerate(lines, 1):
+            while shown.count(b": ") < number:  # what is typed before a question is thrown away
+                shown += os.read(parent, 1000)
+            os.write(parent, line.encode() + b"\n")
+        while piece := os.read(parent, 1000):
+            shown += piece
+    os.close(parent)
+    return shown.decode(), process.wait(30)
+
+
+def test_hashes_of_every_cost_are_understood() -> None:
+    authorizer = VFSAuthorizer()
+    authorizer.add_user("cheap", None, password_hash=CHEAP.hash("a"))
+    authorizer.add_user("dear", None, password_hash=hash_password("b"))
+    authorizer.validate_authentication("cheap", "a", None)
+    authorizer.validate_authentication("dear", "b", None)
+    for user, password in [("cheap", "b"), ("dear", "a"), ("dear", ""), ("none", ""), ("none", "a")]:
+        with pytest.raises(Exception, match="Authentication failed"):
+            authorizer.validate_authentication(user, password, None)
+    with pytest.raises(ValueError, match="argon2"):
+        authorizer.add_user("wrong", None, password_hash="$1$abc")
+
+
+def test_a_name_that_does_not_exist_costs_as_many_hashes_as_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    verify = argon2.PasswordHasher.verify
+
+    def counting(self: Any, known: Any, secret: Any) -> bool:
+        made.append(argon2.extract_parameters(known))
+        return verify(self, known, secret)
+
+    monkeypatch.setattr(argon2.PasswordHasher, "verify", counting)
+    authorizer = VFSAuthorizer()
+    authorizer.add_user("hashed", None, password_hash=CHEAP.hash("a"))
+    authorizer.add_user("clear", "b")
+    for user in ("hashed", "clear", "none"):
+        with pytest.raises(Exception, match="Authentication failed"):
+            authorizer.validate_authentication(user, "x", None)
+    assert len(made) == 3
+    assert len(set(map(str, made))) == 1
+    authorizer.validate_authentication("hashed", "a", None)
+    authorizer.validate_authentication("hashed", "a", None)  # remembered: clients open many connections
+    assert len(made) == 4
+
+
+def test_a_session_of_an_embedding_program_may_have_its_own_vfs(
+    make_vfs: Any, make_store: Any, ftp_server: Any
+) -> None:
+    common, own = make_store("memory"), make_store("local")
+    vfs: VFS = make_vfs(own)
+    authorizer = VFSAuthorizer()
+    authorizer.add_user("alice", "a", perm="elradfmwMT", vfs=vfs)
+    authorizer.add_user("bob", "b", perm="elradfmwMT")
+    address = ftp_server(common, authorizer=authorizer)
+    with connect(address, "alice", "a") as ftp:
+        upload(ftp, "x", b"alice's")
+    with connect(address, "bob", "b") as ftp:
+        assert names(ftp) == set()
+    assert own.read("x") == b"alice's"
