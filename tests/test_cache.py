@@ -18,6 +18,7 @@ from ftpvfs.cache.index import Index
 from ftpvfs.cache.item import Draft, Item
 from ftpvfs.clock import Clock
 from ftpvfs.config import VFSOptions
+from ftpvfs.coordination.feed import ChangeFeed
 
 
 class MovingClock(Clock):
@@ -52,14 +53,16 @@ def opened(folder: Path, clock: MovingClock) -> Iterator[Callable[..., Cache]]:
     closing: list[Any] = []
 
     def open_cache(**options: Any) -> Cache:
-        index = Index(folder)
-        cache = Cache(folder, index, dataclasses.replace(OPTIONS, **options), clock=clock)
-        closing.extend((cache, index))
+        index, feed = Index(folder), ChangeFeed(folder)
+        cache = Cache(folder, index, dataclasses.replace(OPTIONS, **options), clock=clock, feed=feed)
+        closing.extend((cache, index, feed))
         return cache
 
     yield open_cache
+    broken = [each.check() for each in closing if isinstance(each, Cache)]
     for each in closing:
         each.close()
+    assert not any(broken), broken
 
 
 @pytest.fixture

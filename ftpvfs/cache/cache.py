@@ -12,10 +12,12 @@ import errno
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.beside import records_beside
+from ftpvfs.cache.check import Check
 from ftpvfs.cache.clean import CleanItems, OpenItems
 from ftpvfs.cache.dirty import DirtyFiles
 from ftpvfs.cache.eviction import Limits
@@ -429,6 +431,17 @@ class Cache:
     def _lost(self, path: str) -> DirtyRecord | None:
         """Find a dirty record beside its data, because that in the index cannot be read."""
         return next((each for each in records_beside(self.folder) if each.path == path), None)
+
+    def check(self, store: Callable[[str], Entry | None] | None = None) -> list[str]:
+        """Return every broken invariant in words; true whenever nobody is at work in the folder.
+
+        `store` returns the store's entry of a path, None where there is none. Looks at every file.
+        """
+        found = Check(self.files, self._journal, self._items, store).run()
+        known = {record.path: record for record in self._journal.all_dirty()}
+        if known != {record.path: record for record in self.all_dirty()}:
+            found.append("what this process remembers as dirty is not what the index says")
+        return found
 
     def stats(self) -> dict[str, int]:
         """Return counts for those who watch."""

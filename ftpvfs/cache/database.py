@@ -150,6 +150,7 @@ class Database:
             is_new = not self._database.exists()
             cache = self._connect()
             if is_new:
+                self._be_durable(cache)
                 with cache.transact():
                     for key, value in self._refill().items():
                         cache.set(_stored(key), value)
@@ -182,7 +183,8 @@ class Database:
             timeout=LOCK_TIMEOUT,
             eviction_policy="none",
             cull_limit=0,
-            sqlite_synchronous=FULL if self._durable else NORMAL,
+            # For its own settings, which are written one by one and hurt nobody when lost; ours: `_be_durable`.
+            sqlite_synchronous=NORMAL,
             sqlite_mmap_size=0,  # a mapped file that somebody cuts short would end the process
         )
         cache.expire()
@@ -275,10 +277,7 @@ class Database:
             self._thread.is_running = False
 
     def _be_durable(self, cache: Any) -> None:
-        """Make this thread's connection as durable as it is to be.
-
-        diskcache keeps SQLite's settings in the database, where another process may have put its own.
-        """
+        """Make this thread's connection as durable as it is to be; diskcache's own settings are for all processes."""
         if getattr(self._thread, "connected_to", None) is not cache:
             cache.reset("sqlite_synchronous", FULL if self._durable else NORMAL, update=False)
             self._thread.connected_to = cache

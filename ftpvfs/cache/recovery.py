@@ -105,25 +105,25 @@ class Recovery:
         except ValueError as error:
             self._unreadable_record(name, error)
             return
-        if not self._journal.change(lambda changes: self._adopt(changes, record)):
-            self._files.unlink(Place.DATA, name + BESIDE)
-            self._files.unlink(Place.DATA, name)
-            self._found.removed += 1
+        superseded = self._journal.change(lambda changes: self._adopt(changes, record))
+        if superseded is not None:
+            self._files.unlink(Place.DATA, superseded.beside)
+            self._files.unlink(Place.DATA, superseded.beside + BESIDE)
 
-    def _adopt(self, changes: Changes, record: DirtyRecord) -> bool:
-        """Take up a file that arrived whole just before the crash; tell whether the record stays."""
+    def _adopt(self, changes: Changes, record: DirtyRecord) -> DirtyRecord | None:
+        """Take up a file that arrived whole just before the crash; return whose files are to be removed."""
         old = changes.dirty(record.path)
         if old is not None and old.beside == record.beside:
-            return True  # by a change that came while we looked
-        if record.generation <= max(self._journal.generation, old.generation if old else 0):
-            return False
-        if record.id is None or not self._is_whole(record):
-            return False
+            return None  # by a change that came while we looked
+        is_newer = record.generation > max(self._journal.generation, old.generation if old else 0)
+        if not is_newer or record.is_tombstone or not self._is_whole(record):
+            self._found.removed += 1
+            return record
         if old is not None:
             record = dataclasses.replace(record, base=old.base, base_known=old.base_known, attempted=old.attempted)
         changes.put(record)
         self._found.adopted += 1
-        return True
+        return old
 
     def _is_whole(self, record: DirtyRecord) -> bool:
         """Tell whether a file is there in full, and under one name: with two it was being renamed."""
