@@ -124,11 +124,21 @@ class CrashingFiles(Files):
 
     # --- after the crash
 
-    def image(self, target: Path, chance: Callable[[], bool]) -> None:
-        """Make `target` what the disk has; `chance` tells for each thing that was not synced whether it is there."""
+    def image(
+        self,
+        target: Path,
+        chance: Callable[[], bool],
+        *,
+        bytes_chance: Callable[[], bool] | None = None,
+        index: bool = True,
+    ) -> None:
+        """Make `target` what the disk has; `chance` tells for each thing that was not synced whether it is there.
+
+        `bytes_chance` is that of files' bytes, where it is another one; without `index` that is lost, too.
+        """
         target.mkdir(mode=0o700)
         for name in ("cache.db", "cache.db-wal", "generation"):
-            if (self.folder / name).exists() and (name != "generation" or chance()):
+            if (self.folder / name).exists() and (index if name != "generation" else chance()):
                 shutil.copy(self.folder / name, target / name)
         if chance():
             shutil.copytree(self.folder / "items", target / "items")
@@ -139,7 +149,7 @@ class CrashingFiles(Files):
             for name in sorted(synced.keys() | now.keys()):
                 inode = now.get(name) if synced.get(name) == now.get(name) or chance() else synced.get(name)
                 if inode is not None:
-                    self._put(inode, target / place.value / name, made, chance)
+                    self._put(inode, target / place.value / name, made, bytes_chance or chance)
 
     def _put(self, inode: int, path: Path, made: dict[int, Path], chance: Callable[[], bool]) -> None:
         if inode in made:

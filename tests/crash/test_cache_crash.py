@@ -274,7 +274,16 @@ def random_steps(seed: int) -> Callable[[Story], None]:
     return tell
 
 
-def crash(place: Path, tell: Callable[[Story], None], at: int, survives: list[Callable[[], bool]]) -> bool:
+@dataclass
+class Survives:
+    """What of that which was not synced is on the disk after the crash."""
+
+    chance: Callable[[], bool]
+    bytes_chance: Callable[[], bool] | None = None
+    index: bool = True
+
+
+def crash(place: Path, tell: Callable[[Story], None], at: int, survives: list[Survives]) -> bool:
     """Tell the story until operation `at`; recover each image of the disk. Return whether the story came to its end."""
     folder = place / f"at-{at}"
     death = Death()
@@ -289,9 +298,9 @@ def crash(place: Path, tell: Callable[[Story], None], at: int, survives: list[Ca
         tell(story)
     except Died:
         is_over = False
-    for number, chance in enumerate(survives):
+    for number, each in enumerate(survives):
         image = place / f"image-{at}-{number}"
-        files.image(image, chance)
+        files.image(image, each.chance, bytes_chance=each.bytes_chance, index=each.index)
         recover(image, story)
         shutil.rmtree(image)
     death.at = None
@@ -323,21 +332,29 @@ def recover(image: Path, story: Story) -> None:
         index.close()
 
 
+NOTHING, ALL = Survives(never), Survives(always)
 SCRIPTS = [overwrite, rename, rename_folder, delete, race, interruption]
 
 
 @pytest.mark.parametrize("tell", SCRIPTS, ids=lambda each: each.__name__)
 def test_a_crash_at_any_operation_leaves_old_or_new(place: Path, tell: Callable[[Story], None]) -> None:
     at = 1
-    while not crash(place, tell, at, [never, always, sometimes(at), sometimes(-at)]):
+    while not crash(place, tell, at, [NOTHING, ALL, Survives(sometimes(at)), Survives(sometimes(-at))]):
         at += 1
     assert at > 20
+
+
+@pytest.mark.parametrize("tell", [overwrite, delete, race], ids=lambda each: each.__name__)
+def test_a_crash_that_takes_the_index_along_loses_no_dirty_file(place: Path, tell: Callable[[Story], None]) -> None:
+    at = 1
+    while not crash(place, tell, at, [Survives(always, never, index=False), Survives(always, index=False)]):
+        at += 1
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_crash_at_any_operation_of_any_story_leaves_old_or_new(place: Path, seed: int) -> None:
     at = 1 + seed
-    while not crash(place, random_steps(seed), at, [never, sometimes(at)]):
+    while not crash(place, random_steps(seed), at, [NOTHING, Survives(sometimes(at))]):
         at += 3
 
 
@@ -346,5 +363,5 @@ def test_a_crash_at_any_operation_of_any_story_leaves_old_or_new(place: Path, se
 @pytest.mark.parametrize("seed", range(100, 160))
 def test_a_crash_at_every_operation_of_many_stories_leaves_old_or_new(place: Path, seed: int) -> None:
     at = 1
-    while not crash(place, random_steps(seed), at, [never, always, *(sometimes(at * 10 + each) for each in range(4))]):
+    while not crash(place, random_steps(seed), at, [NOTHING, ALL, *(Survives(sometimes(at * n)) for n in (3, 5, 7))]):
         at += 1
