@@ -50,8 +50,6 @@ class Outcome(enum.Enum):
 class File(Protocol):
     """What an upload needs of an open item."""
 
-    id: str
-
     @property
     def descriptor(self) -> int:
         """The data file."""
@@ -69,8 +67,8 @@ class DirtyFiles(Protocol):
     def dirty(self, path: str) -> DirtyRecord | None:
         """Return what is to be done at a path."""
 
-    def open_item(self, path: str, entry: Entry) -> File:
-        """Open a dirty path's data file."""
+    def open_dirty(self, record: DirtyRecord) -> File:
+        """Open a record's data file; ENOENT where it is not the newest."""
 
     def begin(self, record: DirtyRecord) -> bool:
         """Note durably that the store is about to be changed; False where the record is not the newest."""
@@ -184,11 +182,14 @@ class Storing:
     # --- uploads
 
     def _upload(self, record: DirtyRecord, turn: Turn) -> Outcome:
-        name = paths.split(record.path)[1]
-        item = self._cache.open_item(record.path, Entry(name, False, record.size, record.mtime))
         try:
-            if item.id != record.id:
-                return Outcome.SUPERSEDED
+            item = self._cache.open_dirty(record)
+        except FileNotFoundError as error:
+            now = self._cache.dirty(record.path)
+            if now is not None and now.generation == record.generation:
+                raise failure(errno.EIO, record.path, "Its bytes are gone from the cache folder") from error
+            return Outcome.SUPERSEDED
+        try:
             return self._send(record, item.descriptor, turn)
         finally:
             item.release()
