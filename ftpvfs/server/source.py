@@ -20,7 +20,6 @@ class FileSource:
     def __init__(self, file: Any, channel: Any) -> None:
         self._file = file
         self._channel = channel
-        self._descriptor = file.descriptor()
         self._count = 0
 
     def fill(self) -> bool:
@@ -30,7 +29,7 @@ class FileSource:
 
     def send(self) -> bool:
         """Send; tell whether the connection may take more. Raises BlockingIOError where it takes nothing."""
-        sent = os.sendfile(self._channel._fileno, self._descriptor, self._file.tell(), self._count)
+        sent = os.sendfile(self._channel._fileno, self._file.descriptor(), self._file.tell(), self._count)
         if not sent:
             self._file.verify()
             raise failure(ECHANGED, self._file.path, "The file became shorter while it was sent")

@@ -1,0 +1,78 @@
+"""A few threads that do what the cache has to do on the disk, for all files together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+logger = logging.getLogger(__name__)
+
+# More disk writes and hashes at once than the cores have gain little.
+COUNT = 4
+
+
+class Workers:
+    """Does jobs in the order in which they come, several at a time. Any thread; not carried across a fork.
+
+    `run` takes no lock, so that the garbage collector, which may run inside any other call, can hand over a job. (A
+    ThreadPoolExecutor's `submit` deadlocks there: it did, when a forgotten file was collected in the middle of it.)
+    """
+
+    def __init__(self, name: str, count: int = COUNT) -> None:
+        self._name = name
+        self._count = count
+        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        # Protected by _lock.
+        self._threads: list[threading.Thread] = []
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Start the threads where they do not run yet; what was handed over before then waits."""
+        if self._threads:
+            return
+        with self._lock:
+            if self._threads or self._is_closed:
+                return
+            self._threads = [
+                threading.Thread(target=self._work, name=f"{self._name}-{number}", daemon=True)
+                for number in range(self._count)
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def run(self, job: Callable[[], object]) -> None:
+        """Have a thread do the job, soon; after `close` it is done here and now. What it raises is logged."""
+        if self._is_closed:
+            _do(job)
+        else:
+            self._jobs.put(job)
+
+    def close(self) -> None:
+        """Return when all jobs are done and the threads have ended."""
+        with self._lock:
+            self._is_closed = True
+            threads, self._threads = self._threads, []
+        for _ in threads:
+            self._jobs.put(None)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        while not self._jobs.empty():
+            job = self._jobs.get()
+            if job is not None:
+                _do(job)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            _do(job)
+            del job  # it may hold the bytes of a range
+
+
+def _do(job: Callable[[], object]) -> None:
+    try:
+        job()
+    except Exception:  # nobody looks at what a job raises
+        logger.exception("the cache's work on the disk")

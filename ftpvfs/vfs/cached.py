@@ -1,0 +1,538 @@
+"""Open files that go through the disk cache: one class for reading, one for writing with or without reading.
+
+Both are lazy: nothing is opened on the disk or asked of the store before the first byte is wanted. Neither waits where
+it says that it does not (`ready`, `pending`, `accept`, `pressure`), so an event loop may call those. What becomes of a
+written file is decided by who gave the callbacks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from ftpvfs.backend.backend import Entry
+from ftpvfs.cache.downloader import GONE, Reader
+from ftpvfs.errors import failure
+from ftpvfs.vfs.handle import Handle, WritingHandle
+from ftpvfs.waiting import Wait, about_to_wait, current_job, result_of, shared_result_of
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+# Read from the data file at once.
+MOST_READ = 2**20
+
+
+class CachedReadHandle(Handle):
+    """A file read through the cache, one version from the first byte to the last.
+
+    `open_at(entry)` opens the cached item of a version; `refresh()` asks the store for the version it has now, which
+    is read while no byte has been handed out (None: there is no other, the file is here alone).
+    """
+
+    closes_at_once = True
+
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        entry: Entry,
+        open_at: Callable[[Entry], Reader],
+        refresh: Callable[[], Entry] | None = None,
+        *,
+        seekable: bool = True,
+    ) -> None:
+        super().__init__(path, name)
+        self.entry = entry
+        self._open_at = open_at
+        self._refresh = refresh
+        self._seekable = seekable
+        self._position = 0
+        self._reader: Reader | None = None
+        self._pinned = False
+        self._is_outdated = False
+
+    @property
+    def size(self) -> int:
+        """Bytes in this version of the file."""
+        return self.entry.size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._seekable
+
+    def tell(self) -> int:
+        self._check_open()
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        position = self._sought(offset, whence, self._position, self.size)
+        if position != self._position and not self._seekable:
+            raise failure(errno.ESPIPE, self.path, "Seeking is switched off (--no-seek)")
+        self._position = position
+        return position
+
+    # --- for an event loop
+
+    def descriptor(self) -> int | None:
+        """Return the data file, in which the file's bytes stand at their own offsets; only what is `ready` is there."""
+        self._check_open()
+        return self._opened().item.descriptor
+
+    def ready(self) -> int:
+        """Return how many bytes are here from the position on; 0 at the end, and while they are on their way.
+
+        Raises what has become of the bytes that were waited for: once, since `pending` asks for them again. Has to wait
+        (WouldWait) where the store must be asked which version it has, since the listing's is gone.
+        """
+        self._check_open()
+        return self._ready_at(self._position)
+
+    def pending(self) -> Future[Any] | None:
+        """Return a future to await while `ready` is 0; None when that has something to tell, and at the end."""
+        self._check_open()
+        return self._pending_at(self._position)
+
+    def advance(self, count: int) -> None:
+        """Go past bytes that were ready and have been sent from the descriptor; what comes next is asked for."""
+        self._position += count
+        self._opened().advance(self._position)
+
+    def verify(self) -> None:
+        """Raise EIO when the bytes are not the store's, where the whole file is here and the store has a hash.
+
+        Takes as long as hashing takes what is not hashed yet.
+        """
+        if self._reader is not None:
+            self._reader.verify()
+
+    # --- for everybody
+
+    def fileno(self) -> int:
+        """Return the data file once the whole file is in it; before, its holes would be taken for zeros."""
+        self._check_open()
+        if not self._opened().item.complete or (self.size and not self._ready_at(0)):
+            raise self._unsupported("The file is not yet whole in the cache")
+        return self._opened().item.descriptor
+
+    def take(self, limit: int) -> memoryview:
+        """Return up to `limit` bytes, none at the end; waits for the first of them.
+
+        Raises ECHANGED when the file is another version by now and part of this one has been handed out.
+        """
+        self._check_open()
+        count = self._awaited(self._position) if limit > 0 else 0
+        if not count:
+            return memoryview(b"")
+        reader = self._opened()
+        data = os.pread(reader.item.descriptor, min(limit, count, MOST_READ), self._position)
+        if not data:
+            raise failure(errno.EIO, self.path, "The data file in the cache is shorter than it should be")
+        self._position += len(data)
+        reader.advance(self._position)
+        return memoryview(data)
+
+    def _join(self, size: int | None) -> bytes:
+        data = super()._join(size)
+        if self._position >= self.size:
+            self.verify()
+        return data
+
+    def fill(self) -> Future[None]:
+        """Have all of the file fetched. The future fails with what went wrong."""
+        done: Future[None] = Future()
+        self._fill_on(done, None)
+        return done
+
+    def _fill_on(self, done: Future[None], _: object) -> None:
+        try:
+            while (offset := self._first_missing()) is not None:
+                if self._ready_at(offset):
+                    continue
+                future = self._pending_at(offset)
+                if future is not None:
+                    future.add_done_callback(partial(self._fill_on, done))
+                    return
+        except BaseException as error:  # noqa: BLE001 - it belongs to who waits
+            with suppress(InvalidStateError):
+                done.set_exception(error)
+        else:
+            with suppress(InvalidStateError):
+                done.set_result(None)
+
+    def _first_missing(self) -> int | None:
+        self._check_open()
+        missing = (0, 0) if self._is_outdated else next(iter(self._opened().item.missing(0, self.size)), None)
+        return None if missing is None else missing[0]
+
+    @property
+    def reader(self) -> Reader:
+        """The way through the cached item."""
+        return self._opened()
+
+    # --- which version
+
+    def _opened(self) -> Reader:
+        if self._reader is None:
+            self._reader = self._open_at(self.entry)
+        return self._reader
+
+    def _ready_at(self, offset: int) -> int:
+        if self._is_outdated:
+            self._repin()
+        if offset >= self.size:
+            return 0
+        try:
+            count = self._opened().ready(offset)
+        except OSError as error:
+            self._is_outdated = not self._pinned and self._refresh is not None and error.errno in GONE
+            if not self._is_outdated:
+                raise
+            return self._ready_at(offset)
+        self._pinned = self._pinned or count > 0
+        return count
+
+    def _pending_at(self, offset: int) -> Future[Any] | None:
+        return self._opened().pending(offset) if offset < self.size and not self._is_outdated else None
+
+    def _awaited(self, offset: int) -> int:
+        """Return how many bytes are here once there are any, 0 at the end."""
+        while not (count := self._ready_at(offset)):
+            future = self._pending_at(offset)
+            if future is None:
+                if offset >= self.size:
+                    return 0
+                continue  # bytes have come since, or an error to be raised
+            about_to_wait(Wait.STORE)
+            try:
+                result_of(future, self.path)
+            except OSError:  # which `_ready_at` knows what to do about, unless it is that nobody wants to wait any more
+                if not future.done() or _is_unwanted():
+                    raise
+            self._check_open()
+        return count
+
+    def _repin(self) -> None:
+        """Read the version that the store has now: the listing was old, and nobody has seen a byte of it. Once only."""
+        assert self._refresh is not None
+        about_to_wait(Wait.STORE)
+        entry = self._refresh()
+        self._is_outdated, self._pinned = False, True
+        self._drop_reader()
+        self.entry = entry
+
+    def _drop_reader(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._drop_reader()
+        super().close()
+
+    def abandon(self) -> None:
+        self.close()
+
+
+def _is_unwanted() -> bool:
+    job = current_job()
+    return job is not None and job.is_cancelled
+
+
+class Draft(Protocol):
+    """What is written before it is published: a file of its own in the cache."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in it."""
+
+    def write(self, offset: int, data: memoryview) -> object:
+        """Write at the offset; what lies between the end and it reads as zeros."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return up to so many bytes, none at the end."""
+
+    def truncate(self, size: int) -> None:
+        """Make it so long."""
+
+    def reserve(self, size: int) -> None:
+        """Make sure of the space for so many bytes; raise ENOSPC."""
+
+    def pressure(self) -> Future[None] | None:
+        """Return a future to await before more is written, None when more may come."""
+
+
+D = TypeVar("D", bound=Draft)
+
+
+class CachedWriteHandle(WritingHandle, Generic[D]):
+    """A file written through the cache, at any offset; read, too, where `flags` say so.
+
+    `base` reads the version that is changed; None where the file begins empty, or where `begin` knows what it goes on
+    from (then `size` is how long that is). `begin` makes the draft out of the complete base, in any thread, and
+    `publish` makes it the file; `give_up` gets a draft that will not be. Where nothing is written to a file that was
+    there, nothing is published.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        flags: int,
+        *,
+        begin: Callable[[CachedReadHandle | None], D],
+        publish: Callable[[D], None],
+        give_up: Callable[[D], None],
+        run: Callable[[Callable[[], object]], None],
+        base: CachedReadHandle | None = None,
+        size: int = 0,
+        creates: bool = True,
+        autocommit: bool = True,
+        seekable: bool = True,
+    ) -> None:
+        super().__init__(path, name, autocommit=autocommit)
+        access = flags & os.O_ACCMODE
+        self.mode = {os.O_RDONLY: "rb", os.O_WRONLY: "wb"}.get(access, "rb+")
+        self._reads = access != os.O_WRONLY
+        self._writes = access != os.O_RDONLY
+        self._appends = bool(flags & os.O_APPEND)
+        self._begin = begin
+        self._publish = publish
+        self._abandon_draft = give_up
+        self._run = run
+        self._base = base
+        self._size = base.size if base is not None else size
+        self._creates = creates
+        self._seekable = seekable
+        self._position = 0
+        self._reserved = 0
+        self._draft: D | None = None
+        # Written before the base was here; `None` is the end of the file.
+        self._early: list[tuple[int | None, bytes]] = []
+        self._preparing: Future[D] | None = None
+        self._lock = threading.Lock()  # for the two below, which another thread asks when a draft is made
+        self._is_over = False
+        self._late: D | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file as it would be published."""
+        return self._size
+
+    def readable(self) -> bool:
+        return self._reads
+
+    def writable(self) -> bool:
+        return self._writes
+
+    def seekable(self) -> bool:
+        return self._seekable
+
+    def tell(self) -> int:
+        self._check_open()
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a position, also behind the end: what is written there leaves a hole that reads as zeros."""
+        position = self._sought(offset, whence, self._position, self._size)
+        if position != self._position and not self._seekable:
+            raise failure(errno.ESPIPE, self.path, "Seeking is switched off (--no-seek)")
+        self._position = position
+        return position
+
+    def resume(self, offset: int) -> None:
+        """Go on writing at the offset, as REST asks; EINVAL behind the end, where there would be a hole."""
+        if offset > self._size:
+            raise failure(errno.EINVAL, self.path, f"There are {self._size} bytes; nothing can go on at {offset}")
+        self._position = offset
+
+    # --- writing
+
+    def accept(self, data: ReadableBuffer) -> None:
+        """Take all of `data` without waiting for the store; while there is `pressure`, no more should come.
+
+        Raises ENOSPC and the like. After an error nothing can be published any more.
+        """
+        if not self._writes:
+            raise self._unsupported("The file is open for reading alone")
+        with self._failing_for_good():
+            view = memoryview(data).cast("B")
+            offset = None if self._appends else self._position
+            if view and self._is_prepared():
+                self._put(offset, view)
+            elif view:
+                self._early.append((offset, bytes(view)))
+                self._moved(self._size if offset is None else offset, len(view))
+
+    def write(self, data: ReadableBuffer) -> int:
+        """Take all of `data`; waits for the base to be fetched before the first write, and for space."""
+        self.accept(data)
+        with self._failing_for_good():
+            while (busy := self.pressure()) is not None:
+                shared_result_of(busy, self.path)
+        return memoryview(data).nbytes
+
+    def pressure(self) -> Future[Any] | None:
+        """Return a future to await before more is written; None when more may come."""
+        if self._preparing is not None and not self._preparing.done():
+            return self._preparing
+        if self._early and self._is_prepared():
+            with self._failing_for_good():
+                self._put_early()
+        return self._draft.pressure() if self._draft is not None else None
+
+    def reserve(self, size: int) -> None:
+        """Say how long the file will be, as ALLO does; raises ENOSPC once it is known that it cannot be."""
+        self._reserved = size
+        if self._draft is not None:
+            self._draft.reserve(size)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Make the file `size` bytes long, None: as long as the position says; zeros are added where it was shorter."""
+        if not self._writes:
+            raise self._unsupported("The file is open for reading alone")
+        with self._failing_for_good():
+            size = self._position if size is None else size
+            if size < 0:
+                raise failure(errno.EINVAL, self.path, f"A length of {size} bytes")
+            if size == 0:
+                self._drop_base()
+            self._prepared().truncate(size)
+            self._size = size
+        return size
+
+    def _put(self, offset: int | None, view: memoryview) -> None:
+        draft = self._prepared()
+        start = draft.size if offset is None else offset
+        draft.write(start, view)
+        self._moved(start, len(view))
+
+    def _put_early(self) -> None:
+        early, self._early = self._early, []
+        self._size = self._prepared().size  # what was thought to be the end may not have been
+        for offset, data in early:
+            self._put(offset, memoryview(data))
+
+    def _moved(self, start: int, count: int) -> None:
+        self._position = start + count
+        self._size = max(self._size, self._position)
+
+    # --- the draft
+
+    def _is_prepared(self) -> bool:
+        """Tell whether the draft is here; else begin to make it, where that takes a while."""
+        if self._draft is None and self._preparing is None:
+            if self._base is None:
+                self._take_up(self._begin(None))
+            else:
+                self._prepare(self._base)
+        if self._draft is None and self._preparing is not None and self._preparing.done():
+            self._take_up(self._preparing.result())
+        return self._draft is not None
+
+    def _prepared(self) -> D:
+        """Return the draft; waits for the base."""
+        while not self._is_prepared():
+            assert self._preparing is not None
+            about_to_wait(Wait.STORE)
+            shared_result_of(self._preparing, self.path)
+        assert self._draft is not None
+        if self._early:
+            self._put_early()
+        return self._draft
+
+    def _take_up(self, draft: D) -> None:
+        self._draft = draft
+        if not self._early:
+            self._size = draft.size
+        if self._reserved:
+            draft.reserve(self._reserved)
+
+    def _prepare(self, base: CachedReadHandle) -> None:
+        """Have the whole base fetched and cloned, in threads that nobody here waits for."""
+        prepared: Future[D] = Future()
+        self._preparing = prepared
+
+        def clone() -> None:
+            try:
+                base.verify()
+                draft = self._begin(base)
+            except BaseException as error:  # noqa: BLE001 - it belongs to who waits
+                with suppress(InvalidStateError):
+                    prepared.set_exception(error)
+                return
+            with self._lock:
+                is_late = self._is_over
+                self._late = draft
+            if is_late:
+                self._abandon_draft(draft)
+            with suppress(InvalidStateError):
+                prepared.set_result(draft)
+
+        def filled(future: Future[None]) -> None:
+            error = future.exception()
+            if error is None:
+                self._run(clone)
+            else:
+                with suppress(InvalidStateError):
+                    prepared.set_exception(error)
+
+        base.fill().add_done_callback(filled)
+
+    def _drop_base(self) -> None:
+        """Let go of what was there: nothing of it will be left."""
+        if self._draft is None and self._preparing is None and self._base is not None:
+            self._base.close()
+            self._base = None
+
+    # --- reading
+
+    def take(self, limit: int) -> memoryview:
+        """Return up to `limit` bytes of what is there and was written, none at the end."""
+        if not self._reads:
+            raise self._unsupported("The file is open for writing alone")
+        self._check_open()
+        if self._base is not None and self._draft is None and self._preparing is None:
+            self._base.seek(self._position)
+            view = self._base.take(limit)
+        elif self._position >= self._size or limit <= 0:
+            return memoryview(b"")
+        else:
+            view = memoryview(self._prepared().read(self._position, min(limit, MOST_READ)))
+        self._position += len(view)
+        return view
+
+    # --- the end
+
+    def _publish_all(self) -> None:
+        if self._creates or self._draft is not None or self._preparing is not None:
+            self._publish(self._prepared())
+        self._close_base()
+
+    def _give_up(self) -> None:
+        with self._lock:
+            self._is_over = True
+            draft = self._draft or self._late
+        self._draft = None
+        self._late = None
+        self._close_base()
+        if draft is not None:
+            self._abandon_draft(draft)
+
+    def __del__(self) -> None:
+        # Not here: the collector may run inside of any call of the cache, with locks held.
+        if not self.closed and self._pid == os.getpid():
+            self._run(self.abandon)
+
+    def _close_base(self) -> None:
+        if self._base is not None:
+            self._base.close()
