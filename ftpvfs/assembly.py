@@ -13,9 +13,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from ftpvfs.authorizer import READ, VFSAuthorizer
+from ftpvfs.authorizer import ALL, READ, VFSAuthorizer
 from ftpvfs.config import Config, ConfigError, Listener, User
 from ftpvfs.filesystem import VFSFilesystem
+from ftpvfs.server import auth_proxy
+from ftpvfs.server.auth_proxy import ProxyAuthorizer
 from ftpvfs.server.handler import TLS_VFSHandler, VFSHandler
 from ftpvfs.server.tls import Certificates
 from ftpvfs.vfs.vfs import VFS
@@ -39,6 +41,8 @@ class Assembly:
         self.vfs = self._stores.store(config.url, config.storage_options, config.vfs.name) if is_common else None
         self._own = {user.name: self._own_store(user) for user in config.users}
         _authorizer_class(config)
+        if config.server.auth_proxy:
+            auth_proxy.split(config.server.auth_proxy)
         self._authorizer: Any = None
 
     def _own_store(self, user: User) -> VFS | None:
@@ -51,8 +55,8 @@ class Assembly:
 
     @property
     def vfses(self) -> tuple[VFS, ...]:
-        """All stores that the options name, the common one first."""
-        return tuple(self._stores.all)
+        """All stores that the options name, the common one first, and those that a program has named since."""
+        return (*self._stores.all, *getattr(self._authorizer, "vfses", ()))
 
     @property
     def authorizer(self) -> Any:
@@ -62,9 +66,11 @@ class Assembly:
         return self._authorizer
 
     def _make_authorizer(self) -> Any:
-        own = _authorizer_class(self.config)
+        own, program = _authorizer_class(self.config), self.config.server.auth_proxy
         if own is not None:
             return own()
+        if program:
+            return ProxyAuthorizer(program, self.config.vfs, allowed(self.config, ALL))
         authorizer = VFSAuthorizer()
         for user in self.config.users:
             authorizer.add_user(

@@ -33,8 +33,9 @@ class VFSAuthorizer(DummyAuthorizer):
         super().__init__()
         self._dummy = ""  # a hash that no password fits, as costly as those of the users
         self._proof = secrets.token_bytes(32)
+        self._lock = threading.Lock()
+        # Protected by it.
         self._known: OrderedDict[bytes, None] = OrderedDict()
-        self._lock = threading.Lock()  # protects _known
 
     @property
     def lane(self) -> str | None:
@@ -61,6 +62,23 @@ class VFSAuthorizer(DummyAuthorizer):
         """
         if self.has_user(username):
             raise ValueError(f"user {username!r} already exists")
+        self.set_user(
+            username, password, homedir, perm, msg_login, msg_quit, password_hash=password_hash, vfs=vfs
+        )
+
+    def set_user(
+        self,
+        username: str,
+        password: str | None,
+        homedir: str = "/",
+        perm: str = READ,
+        msg_login: str = "Login successful.",
+        msg_quit: str = "Goodbye.",
+        *,
+        password_hash: str | None = None,
+        vfs: VFS | None = None,
+    ) -> None:
+        """Add a user or change one; of running sessions that concerns the permissions alone."""
         _check_letters(perm)
         if password_hash is not None:
             self._dummy = _dummy_like(password_hash)

@@ -589,6 +589,9 @@ def test_who_may_log_in_is_decided_in_one_place(ini):
     assert "--authorizer: leaves no room for [user:alice]" in refusal("--config", path, "--authorizer", "a:B")
     assert "--authorizer: leaves no room for --user" in refusal("--authorizer", "a:B", "--pass", "x")
     assert load(["--authorizer", "a:B"], {}).users == ()
+    assert load(["--auth-proxy", "p"], {}).users == ()
+    assert "--auth-proxy: leaves no room for a URL" in refusal("--auth-proxy", "p", "s3://b")
+    assert "--authorizer: leaves no room for --auth-proxy" in refusal("--auth-proxy", "p", "--authorizer", "a:B")
     assert "'a.b' names no class" in refusal("--authorizer", "a.b")
 
 

@@ -17,6 +17,7 @@ from ftpvfs import VFS, VFSAuthorizer
 from ftpvfs.assembly import Assembly, check
 from ftpvfs.authorizer import hash_password
 from ftpvfs.config import ConfigError, load
+from ftpvfs.server.auth_proxy import answer_of
 from tests.conftest import connect, download, names, program_environment, run_program, upload
 
 CHEAP = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
@@ -273,3 +274,107 @@ def test_a_session_of_an_embedding_program_may_have_its_own_vfs(
     with connect(address, "bob", "b") as ftp:
         assert names(ftp) == set()
     assert own.read("x") == b"alice's"
+
+
+# --- a program that knows the users
+
+PROGRAM = """
+import json, sys, pathlib
+asked = json.load(sys.stdin)
+with open("asked", "a") as log:
+    log.write(asked["user"] + "\\n")
+if asked["pass"] != "pass-" + asked["user"]:
+    sys.exit("wrong password " + asked["pass"])
+if asked["user"] == "broken":
+    print("{'secret': 1")
+elif asked["user"] == "odd":
+    print(json.dumps({"type": "local", "_root": 5, "secret": asked["pass"]}))
+else:
+    perm = "elr" if asked["user"] == "reader" else "elradfmwMT"
+    root = pathlib.Path("shared" if asked["user"] in ("reader", "writer") else asked["user"]).resolve()
+    root.mkdir(exist_ok=True)
+    print(json.dumps({"type": "local", "_root": str(root), "_perm": perm, "sync": False}))
+"""
+
+
+@pytest.fixture
+def proxied(launched: Any, tmp_path: Path) -> Any:
+    (tmp_path / "users.py").write_text(PROGRAM)
+    return launched("--auth-proxy", f"{sys.executable} users.py", "-vv", cwd=tmp_path)
+
+
+def test_a_program_says_who_has_which_store(proxied: Any, tmp_path: Path) -> None:
+    for user in ("alice", "bob"):
+        with connect(proxied.address, user, f"pass-{user}") as ftp:
+            upload(ftp, "a", user.encode())
+            assert names(ftp) == {"a"}
+        assert (tmp_path / user / "a").read_bytes() == user.encode()
+    with connect(proxied.address, "writer", "pass-writer") as writer:
+        upload(writer, "shared", b"x")
+        with connect(proxied.address, "reader", "pass-reader") as reader:
+            assert download(reader, "shared") == b"x"
+            with pytest.raises(ftplib.error_perm, match="550"):
+                upload(reader, "a", b"")
+
+
+def test_a_program_is_asked_once_in_a_while_and_each_time_for_what_it_refuses(proxied: Any, tmp_path: Path) -> None:
+    for _ in range(3):
+        connect(proxied.address, "alice", "pass-alice").close()
+    for _ in range(2):
+        refused(proxied.address, "alice", "secret-guess")
+    connect(proxied.address, "alice", "pass-alice").close()
+    assert (tmp_path / "asked").read_text().split() == ["alice"] * 3
+    assert "secret-guess" not in proxied.log()
+    assert "pass-alice" not in proxied.log()
+
+
+@pytest.mark.parametrize(("user", "reason"), [("broken", "its answer is no JSON"), ("odd", "has no _root")])
+def test_a_program_that_fails_lets_nobody_in_and_tells_no_secret(proxied: Any, user: str, reason: str) -> None:
+    unknown = refused(proxied.address, "nobody", "x")
+    assert refused(proxied.address, user, f"pass-{user}") == unknown
+    assert reason in proxied.log()
+    assert "secret" not in proxied.log()
+    assert f"pass-{user}" not in proxied.log()
+
+
+def test_a_program_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+    ended = run_program("--auth-proxy", "/no/such program", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr == "ftpvfs: --auth-proxy: there is no program '/no/such' that can be run\n"
+    ended = run_program("--auth-proxy", "true", str(tmp_path))
+    assert "--auth-proxy: leaves no room for a URL" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "url", "options"),
+    [
+        ({"type": "local", "_root": "/srv/a"}, "file:///srv/a", {}),
+        ({"type": "s3", "_root": "bucket/a", "endpoint_url": "x"}, "s3://bucket/a", {"endpoint_url": "x"}),
+        (
+            {"type": "s3", "_root": "b", "provider": "AWS", "access_key_id": "k", "secret_access_key": "s"},
+            "s3://b",
+            {"key": "k", "secret": "s"},
+        ),
+        ({"type": "google cloud storage", "_root": "b"}, "gs://b", {}),
+        (
+            {"type": "sftp", "_root": "home", "_obscure": "pass", "user": "me", "pass": "p", "host": "h", "port": "2"},
+            "sftp://h:2/home",
+            {"username": "me", "password": "p"},
+        ),
+        ({"url": "s3://bucket/", "_root": "/a"}, "s3://bucket/a", {}),
+        ({"url": "memory://", "_root": ""}, "memory://", {}),
+    ],
+)
+def test_what_a_program_says_becomes_a_url_and_storage_options(said: Any, url: str, options: Any) -> None:
+    answer = answer_of(said)
+    assert (answer.url, answer.storage_options, answer.permissions) == (url, options, "elradfmwMT")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [[], {}, {"type": "s3"}, {"_root": "a"}, {"type": "s3", "_root": "a", "_user": "x"},
+     {"type": "s3", "_root": "a", "_perm": "xyz"}, {"type": "s3", "_root": "a", "_name": "a/b"}],
+)  # fmt: skip
+def test_what_a_program_must_not_say_is_refused(said: Any) -> None:
+    with pytest.raises(ValueError, match=r"has|is no"):
+        answer_of(said)

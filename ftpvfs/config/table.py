@@ -186,7 +186,7 @@ class ServerOptions:
         "A class of your own, derived from any of pyftpdlib's authorizers, decides who may log in",
     )
     auth_proxy: str = option(
-        "", TEXT, "Users", "A program to use to find the user's backend from name and password", later=True
+        "", TEXT, "Users", "A program to use to find the user's backend from name and password"
     )
     max_cons: int = option("512", COUNT, "Limits", "Most sessions at once; 0 is no limit", later=True)
     max_cons_per_ip: int = option(
