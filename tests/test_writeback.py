@@ -109,9 +109,11 @@ class Rig:
             return 0
         self.is_open = False
         left = self.writeback.stop(drain_timeout)
+        problems = self.cache.check()
         self.cache.close()
         self.feed.close()
         self.index.close()
+        assert problems == []
         return left
 
 
@@ -494,7 +496,7 @@ def test_another_process_takes_over(make_rig: Callable[..., Rig], store: Store) 
     first, second = make_rig(store), make_rig(store)
     first.publish("a", b"x")
     first.settle()
-    assert first.changes
+    wait_until(lambda: first.changes)
     assert not second.changes
     first.close()
     second.publish("b", b"y")
