@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 
 # Addresses that may be connected at once; beyond them everybody is refused.
@@ -59,12 +60,14 @@ class SessionTable:
         self._slots = slots
         self._slot = 0
         self._thread = threading.Lock()
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._file, path = tempfile.mkstemp()
+        os.unlink(path)
+        self._close = weakref.finalize(self, os.close, self._file)
         self._row = KEY + COUNT * slots
         self._rows = 2 * COUNT * slots + COUNT  # behind the totals, the states, and the number of rows in use
         self._size = self._rows + addresses * self._row
-        os.ftruncate(self._file.fileno(), self._size)
-        self._map = mmap.mmap(self._file.fileno(), self._size)
+        os.ftruncate(self._file, self._size)
+        self._map = mmap.mmap(self._file, self._size)
         self._addresses = addresses
 
     @property
@@ -146,7 +149,7 @@ class SessionTable:
     def close(self) -> None:
         """Release the table in this process."""
         self._map.close()
-        self._file.close()
+        self._close()
 
     # --- in the map
 

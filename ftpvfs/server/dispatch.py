@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import errno
 import socket
+from functools import partial
 from typing import Any
 
 from pyftpdlib.handlers.ftp.dispatchers import ActiveDTP, PassiveDTP
 from pyftpdlib.log import logger as session_logger
+
+from ftpvfs.metrics import Count
+from ftpvfs.server.proxy_protocol import ProxyHeader
 
 
 class VFSPassiveDTP(PassiveDTP):
@@ -26,6 +30,7 @@ class VFSPassiveDTP(PassiveDTP):
         ports = self.cmd_channel.passive_ports
         try:
             if ports is not None and self.socket.getsockname()[1] not in ports:
+                self.cmd_channel.count(Count.PASSIVE_PORTS_EXHAUSTED)
                 raise OSError(errno.EADDRNOTAVAIL, "No passive port is free")
             super().listen(num)
         except OSError:
@@ -33,10 +38,23 @@ class VFSPassiveDTP(PassiveDTP):
             raise
 
     def handle_accepted(self, sock: socket.socket, addr: tuple[Any, ...]) -> None:
+        """Take the connection. One from a load balancer says first who the client is."""
+        session = self.cmd_channel
+        if session.comes_from_proxy(addr[0]):
+            refused = partial(session.count, Count.BAD_PROXY_HEADERS)
+            ProxyHeader(sock, addr, self.ioloop, done=self._take, refused=refused)
+        else:
+            self._take(sock, addr)
+
+    def _take(self, sock: socket.socket, addr: tuple[Any, ...]) -> None:
         """Take the connection. One from elsewhere gets no word on the client's own control connection."""
         session = self.cmd_channel
+        if self._closed:  # there is another one by now
+            sock.close()
+            return
         if addr[0] != session.remote_ip and not session.permit_foreign_addresses:
             sock.close()
+            session.count(Count.FOREIGN_DATA_CONNECTIONS)
             session.log(f"Rejected data connection from {addr[0]}:{addr[1]}.", logfun=session_logger.warning)
             return
         super().handle_accepted(sock, addr)

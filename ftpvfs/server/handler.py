@@ -21,8 +21,10 @@ from pyftpdlib.log import logger as session_logger
 
 from ftpvfs import paths
 from ftpvfs.server.dispatch import VFSActiveDTP, VFSPassiveDTP
+from ftpvfs.server.limits import Limited
 from ftpvfs.server.login import Login
 from ftpvfs.server.offload import Abandoned, current_task
+from ftpvfs.server.public_address import PublicAddress
 from ftpvfs.server.tls import TLSControl
 from ftpvfs.server.transfer import NO_SPACE, Stage, TLS_VFSDTPHandler, VFSDTPHandler
 
@@ -61,7 +63,7 @@ def reply_code(error: OSError) -> int:
     return 553 if error.errno in BAD_NAME else 550
 
 
-class VFSHandler(Login):
+class VFSHandler(Limited, PublicAddress, Login):
     """A session over a `VFSFilesystem`; set `abstracted_fs` and `authorizer` on a subclass. Runs on its event loop."""
 
     # pyftpdlib's own.

@@ -38,6 +38,8 @@ class VFSServer(FTPServer):
     def handle_accept(self) -> None:
         """Take the connections that wait."""
         for _ in range(ACCEPTS_A_TURN):
+            if not self.takes_next():
+                return
             try:
                 sock, address = self.socket.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -47,11 +49,19 @@ class VFSServer(FTPServer):
                 return
             self.handle_accepted(sock, address)
 
+    def takes_next(self) -> bool:
+        """Tell whether the next connection is for this server; a subclass may leave it to another process."""
+        return True
+
     def _rest(self, error: OSError) -> None:
         """Take no connections for a while: there are no descriptors left, and pyftpdlib's own would end the server."""
         logger.warning("no connections are taken for %g s: %s", REST, error)
-        self.del_channel()
-        self.call_later(REST, self.add_channel)
+        self.pause(REST)
+
+    def pause(self, seconds: float) -> None:
+        """Take no connections for a while; they wait with the system, or are taken by another process."""
+        self.modify_ioloop_events(0)
+        self.ioloop.call_later(seconds, self.modify_ioloop_events, self.ioloop.READ)
 
     def stop(self) -> None:
         """Close all connections and have `serve_forever` return. Any thread; a signal handler, too."""

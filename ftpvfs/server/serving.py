@@ -1,0 +1,110 @@
+"""One process's servers on one event loop, and how they end: nobody new, the idle sent away, transfers let finish."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ftpvfs.server.limits import Door, LimitedServer, Refusal
+from ftpvfs.server.loop import Loop
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two looks at who has become idle while the server drains.
+TICK = 0.1
+
+
+class Service:
+    """Serves on listening sockets until it has drained. Made in the process, and used in the thread, that serves."""
+
+    def __init__(
+        self, listeners: Sequence[tuple[socket.socket, type]], door: Door, *, drain_timeout: float | None
+    ) -> None:
+        self.loop = Loop()
+        self.door = door
+        self._drain_timeout = drain_timeout
+        self._servers = [LimitedServer(sock, handler, door, self.loop) for sock, handler in listeners]
+
+    def serve(self) -> None:
+        """Serve until drained."""
+        self.door.table.set_accepting(True)
+        try:
+            self.loop.loop()
+        finally:
+            self.close()
+
+    def drain(self) -> None:
+        """Stop accepting, and have `serve` return once all have left or their time is over. Any thread, any signal."""
+        self.loop.call_soon_threadsafe(self._drain)
+
+    def call(self, call: Callable[[], Any]) -> None:
+        """Have something done on the loop. Any thread, any signal."""
+        self.loop.call_soon_threadsafe(call)
+
+    def close(self) -> None:
+        """End all sessions at once."""
+        self.door.is_closing = True
+        self.door.table.set_accepting(False)
+        self.loop.close()
+
+    def watch_parent(self, descriptor: int) -> None:
+        """Drain when the other end of a pipe, which is the parent's, is closed."""
+        _End(descriptor, self.loop, self._drain)
+
+    def _drain(self) -> None:
+        if self.door.is_closing:
+            return
+        self.door.is_closing = True
+        self.door.table.set_accepting(False)
+        for server in self._servers:
+            server.close()
+        if self._drain_timeout is not None:
+            self.loop.call_later(self._drain_timeout, self._give_up)
+        self.loop.call_every(TICK, self._dismiss)
+        self._dismiss()
+
+    def _dismiss(self) -> None:
+        """Send away whoever has nothing under way; end when nobody is left."""
+        for session in list(self.door.sessions):
+            if session.is_idle:
+                session.dismiss(Refusal.CLOSING)
+        if not self.door.sessions:
+            self.loop.close()
+
+    def _give_up(self) -> None:
+        logger.warning("%d sessions did not end in time and are cut off", len(self.door.sessions))
+        self.loop.close()
+
+
+class _End:
+    """Watches for the end of a pipe."""
+
+    def __init__(self, descriptor: int, loop: Loop, ended: Callable[[], None]) -> None:
+        self._fileno = descriptor
+        self._loop = loop
+        self._ended = ended
+        loop.register(descriptor, self, loop.READ)
+
+    # What the loop asks of those that it serves.
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def handle_read_event(self) -> None:
+        self.handle_close()
+
+    def handle_close(self) -> None:
+        if self._fileno in self._loop.socket_map:
+            self._loop.unregister(self._fileno)
+            self._ended()
+
+    def handle_error(self) -> None:
+        logger.exception("the parent process cannot be watched")  # noqa: LOG004 - asyncore calls it in one
+
+    def close(self) -> None:
+        """The pipe is the process's."""
