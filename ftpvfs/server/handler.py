@@ -252,6 +252,8 @@ class VFSHandler(Limited, PublicAddress, Login):
     def ftp_QUIT(self, line: str) -> None:
         """Say goodbye, after the word on a transfer whose data connection has not come; one that runs is let finish."""
         self._drop_queued("426 No data connection came; transfer aborted.")
+        if isinstance(self.data_channel, VFSDTPHandler) and not self.data_channel.is_busy:
+            self.data_channel.close()  # no transfer will come; pyftpdlib would wait for its end for ever
         super().ftp_QUIT(line)
 
     # --- folders

@@ -71,6 +71,12 @@ class Lane:
                 self._threads += 1
                 threading.Thread(target=self._run, name=self._name, daemon=True).start()
 
+    @property
+    def busy(self) -> int:
+        """How many threads are at work."""
+        with self._changed:
+            return self._threads - self._idle
+
     def close(self) -> None:
         """Drop what nobody has begun, and let the threads end as soon as they are through with what they do."""
         with self._changed:
