@@ -19,6 +19,7 @@ from ftpvfs.filesystem import VFSFilesystem
 from ftpvfs.server import auth_proxy
 from ftpvfs.server.auth_proxy import ProxyAuthorizer
 from ftpvfs.server.handler import TLS_VFSHandler, VFSHandler
+from ftpvfs.server.throttle import Rates
 from ftpvfs.server.tls import Certificates
 from ftpvfs.vfs.vfs import VFS
 
@@ -44,6 +45,7 @@ class Assembly:
         if config.server.auth_proxy:
             auth_proxy.split(config.server.auth_proxy)
         self._authorizer: Any = None
+        self._rates = Rates(config.server.bwlimit, {user.name: user.bwlimit for user in config.users})
 
     def _own_store(self, user: User) -> VFS | None:
         if not user.url:
@@ -89,6 +91,7 @@ class Assembly:
         attributes: dict[str, Any] = {
             "abstracted_fs": type("Filesystem", (VFSFilesystem,), {"vfs": self.vfs}),
             "authorizer": self.authorizer,
+            "rates": self._rates,
             "passive_ports": server.passive_port,
             "masquerade_address": _public_ip(self.config),
         }

@@ -185,9 +185,7 @@ class ServerOptions:
         "Users",
         "A class of your own, derived from any of pyftpdlib's authorizers, decides who may log in",
     )
-    auth_proxy: str = option(
-        "", TEXT, "Users", "A program to use to find the user's backend from name and password"
-    )
+    auth_proxy: str = option("", TEXT, "Users", "A program to use to find the user's backend from name and password")
     max_cons: int = option("512", COUNT, "Limits", "Most sessions at once; 0 is no limit", later=True)
     max_cons_per_ip: int = option(
         "0", COUNT, "Limits", "Most sessions at once from one address; 0 is no limit", later=True
@@ -210,7 +208,10 @@ class ServerOptions:
         "5m", DURATION, "Limits", "Time for which nothing moves, after which a transfer is ended", later=True
     )
     bwlimit: Bandwidth = option(
-        "off", BANDWIDTH, "Limits", "Bytes a second of each data connection, as RATE or UP:DOWN", later=True
+        "off",
+        BANDWIDTH,
+        "Limits",
+        "Bytes a second of each file transfer, as RATE or UP:DOWN (from clients, to clients)",
     )
     proxy_protocol_from: tuple[Network, ...] = option(
         "",
@@ -472,9 +473,7 @@ class User:
         None, NAME, "Users", "What --name is for the common backend, for the user's own", shown="from the URL"
     )
     max_cons: int = option("0", COUNT, "Users", "Most sessions of the user at once; 0 is no limit", later=True)
-    bwlimit: Bandwidth = option(
-        "off", BANDWIDTH, "Users", "Bytes a second of all the user's data connections together", later=True
-    )
+    bwlimit: Bandwidth = option("off", BANDWIDTH, "Users", "Bytes a second of all the user's file transfers together")
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
 
 

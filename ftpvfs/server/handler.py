@@ -25,6 +25,7 @@ from ftpvfs.server.limits import Limited
 from ftpvfs.server.login import Login
 from ftpvfs.server.offload import Abandoned, current_task
 from ftpvfs.server.public_address import PublicAddress
+from ftpvfs.server.throttle import Rates
 from ftpvfs.server.tls import TLSControl
 from ftpvfs.server.transfer import NO_SPACE, Stage, TLS_VFSDTPHandler, VFSDTPHandler
 
@@ -84,6 +85,8 @@ class VFSHandler(Limited, PublicAddress, Login):
     unicode_errors = "surrogateescape"
     auth_failed_timeout = 1
 
+    # What rates the session's data connections keep to.
+    rates: Rates | None = None
     # What the filesystem said about the command that runs; it decides the code of a 550.
     failure: OSError | None = None
 

@@ -27,15 +27,16 @@ class FileSource:
         self._count = min(self._file.ready(), SEND)
         return self._count > 0
 
-    def send(self) -> bool:
+    def send(self, most: int = SEND) -> bool:
         """Send; tell whether the connection may take more. Raises BlockingIOError where it takes nothing."""
-        sent = os.sendfile(self._channel._fileno, self._file.descriptor(), self._file.tell(), self._count)
+        count = min(self._count, most)
+        sent = os.sendfile(self._channel._fileno, self._file.descriptor(), self._file.tell(), count)
         if not sent:
             self._file.verify()
             raise failure(ECHANGED, self._file.path, "The file became shorter while it was sent")
         self._channel.tot_bytes_sent += sent
         self._file.advance(sent)
-        return sent == self._count
+        return sent == count
 
 
 class ViewSource:
@@ -59,23 +60,35 @@ class ViewSource:
             self._views = views
         return bool(self._views)
 
-    def send(self) -> bool:
+    def send(self, most: int = SEND) -> bool:
         """Send; tell whether the connection may take more. Raises BlockingIOError where it takes nothing."""
-        sent = self._channel.socket.sendmsg(self._views)
+        views = self._views if most >= SEND else first(self._views, most)
+        sent: int = self._channel.socket.sendmsg(views)
         self._channel.tot_bytes_sent += sent
         self._views = unsent(self._views, sent)
-        return not self._views
+        return sent == sum(map(len, views))
 
 
 class TLSSource(ViewSource):
     """The same over TLS, which takes one piece at a time."""
 
-    def send(self) -> bool:
+    def send(self, most: int = SEND) -> bool:
         """Send; tell whether the connection may take more."""
-        piece = self._views[0][:STEP]
+        piece = self._views[0][: min(most, STEP)]
         sent: int = self._channel.send(piece)  # counts, and knows what TLS wants next
         self._views = unsent(self._views, sent)
         return sent == len(piece)
+
+
+def first(views: Sequence[memoryview], most: int) -> Sequence[memoryview]:
+    """Return the views as far as their first bytes, so many at the most."""
+    found: list[memoryview] = []
+    for view in views:
+        if len(view) >= most:
+            return [*found, view[:most]]
+        found.append(view)
+        most -= len(view)
+    return found
 
 
 def unsent(views: Sequence[memoryview], sent: int) -> list[memoryview]:

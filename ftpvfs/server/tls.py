@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 NO_RENEGOTIATION = 1 << 30  # OpenSSL's SSL_OP_NO_RENEGOTIATION, which older pyOpenSSL does not name
 VERSIONS = {"tls1.2": SSL.TLS1_2_VERSION, "tls1.3": SSL.TLS1_3_VERSION}
 CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:!aNULL:!PSK"  # of TLS 1.2; those of 1.3 are all good
+RECORD = 16 * 1024  # the largest piece that TLS encrypts at once
 # Seconds for which a session can be resumed: longer than any FTP session, or its data connections would stop to.
 RESUMABLE = 24 * 3600
 # What carries data, and so has to wait for PROT P where TLS is required; PASV and PORT open the connection for it.

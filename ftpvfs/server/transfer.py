@@ -29,8 +29,9 @@ from pyftpdlib.utils import is_ssl_sock
 from ftpvfs.errors import reason_of
 from ftpvfs.server.commands import asks_to_abort
 from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
-from ftpvfs.server.source import STEP, FileSource, NetworkText, TLSSource, ViewSource
-from ftpvfs.server.tls import TLSData
+from ftpvfs.server.source import SEND, STEP, FileSource, NetworkText, TLSSource, ViewSource
+from ftpvfs.server.throttle import Rates, Throttle
+from ftpvfs.server.tls import RECORD, TLSData
 from ftpvfs.waiting import Wait, WouldWait, limited_to
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class VFSDTPHandler(DTPHandler):
     _source: FileSource | ViewSource | None = None
     # What a thread does for the transfer before it can go on.
     _errand: Task | None = None
+    # What keeps the transfer to a rate.
+    _throttle: Throttle | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -125,16 +128,43 @@ class VFSDTPHandler(DTPHandler):
         except Exception:  # noqa: BLE001 - answered there
             self.handle_error()
 
+    def _begin_throttled(self) -> None:
+        rates: Rates | None = getattr(self.cmd_channel, "rates", None)
+        if rates is not None:
+            self._throttle = rates.throttle(self.cmd_channel.username, up=self.receive)
+
+    def _allowed(self, most: int) -> int:
+        """Return how many bytes to move now; where it is none the connection sleeps until some may be."""
+        if self._throttle is None:
+            return most
+        allowed = min(most, self._throttle.allowed())
+        if not allowed:
+            self._want(0)
+            self.call_later(self._throttle.delay(), self._wake)
+        return allowed
+
+    def _moved(self, count: int) -> None:
+        if self._throttle is not None:
+            self._throttle.moved(count)
+
     def _want(self, events: int) -> None:
         self._wanted_io_events = events
         self.modify_ioloop_events(events)
 
     # --- uploads
 
+    def enable_receiving(self, type: str, cmd: str) -> None:  # noqa: A002 - pyftpdlib's name
+        """Begin an upload."""
+        super().enable_receiving(type, cmd)
+        self._begin_throttled()
+
     def handle_read(self) -> None:
         """Take what has arrived; an empty read is the clean end."""
+        allowed = self._allowed(self.ac_in_buffer_size)
+        if not allowed:
+            return
         try:
-            chunk = self.recv(self.ac_in_buffer_size)
+            chunk = self.recv(allowed)
         except _RetryError:
             return
         except OSError as error:
@@ -161,6 +191,7 @@ class VFSDTPHandler(DTPHandler):
 
     def _take(self, chunk: bytes) -> None:
         self.tot_bytes_received += len(chunk)
+        self._moved(len(chunk))
         if self._data_wrapper is not None:
             chunk = self._data_wrapper(chunk)
         if self._offload is None or not hasattr(self.file_obj, "accept"):
@@ -173,7 +204,7 @@ class VFSDTPHandler(DTPHandler):
 
     def _read_on(self) -> None:
         """Read again, unless the file still cannot take more."""
-        busy = self.file_obj.pressure()
+        busy = None if self._offload is None else self.file_obj.pressure()
         if busy is not None:
             self._sleep(busy)
         else:
@@ -256,6 +287,7 @@ class VFSDTPHandler(DTPHandler):
     def _send_from(self, source: FileSource | ViewSource) -> None:
         self._initialized = True
         self._source = source
+        self._begin_throttled()
         if self._ssl_accepting or self._flow():
             self._want(self.ioloop.WRITE)
 
@@ -278,15 +310,21 @@ class VFSDTPHandler(DTPHandler):
         for _ in range(SENDS):
             if not self._has_bytes(self._source):
                 return False
+            allowed = self._allowed(SEND)
+            if not allowed:
+                return False
+            before = self.tot_bytes_sent
             try:
-                if not self._source.send():
-                    break
+                takes_more = self._source.send(allowed)
             except OSError as error:
                 if error.errno in _ERRNOS_DISCONNECTED:
                     self._lost()
                     return False
                 if error.errno not in _ERRNOS_RETRY and error.errno != errno.EBUSY:
                     raise
+                break
+            self._moved(self.tot_bytes_sent - before)
+            if not takes_more:
                 break
         return not self._closed
 
@@ -469,7 +507,8 @@ class TLS_VFSDTPHandler(TLSData, VFSDTPHandler):
         if not is_ssl_sock(self.socket):
             return VFSDTPHandler.recv(self, buffer_size)
         try:
-            return self.socket.recv(buffer_size)  # type: ignore[no-any-return]
+            # Never less than a record: the loop does not see what of one is left within OpenSSL.
+            return self.socket.recv(max(buffer_size, RECORD))  # type: ignore[no-any-return]
         except SSL.WantReadError as error:
             self._ssl_want_read = True
             raise _RetryError from error
