@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 
-from ftpvfs import __version__
+from ftpvfs import __version__, cachecmd
 from ftpvfs.assembly import Assembly, check, let_in_with_any_password, warnings
 from ftpvfs.authorizer import hash_password
 from ftpvfs.config import (
@@ -94,6 +94,14 @@ def _hash_password(config: Config) -> int:
     return 0
 
 
+def _cache(config: Config) -> int:
+    _log_to(config.log)
+    try:
+        return cachecmd.run(config)
+    except (OSError, ValueError, ImportError) as error:
+        raise StartError(_reason(error)) from error
+
+
 def _new_password() -> str:
     """The password from a terminal, typed twice without being seen, or a line of standard input."""
     if sys.stdin.isatty():
@@ -130,6 +138,9 @@ COMMANDS = {
     "serve": _serve,
     "check-config": _check_config,
     "hash-password": _hash_password,
+    "cache ls": _cache,
+    "cache verify": _cache,
+    "cache flush": _cache,
     "help": _help,
     "version": _version,
 }

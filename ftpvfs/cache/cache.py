@@ -145,6 +145,14 @@ class Cache:
         """Return what is cached of the store's object. One look into the database, some 20 us."""
         return self._clean.record(path)
 
+    def all_records(self) -> list[ItemRecord]:
+        """Return what is cached of all objects. Reads every record."""
+        return list(self._items.all())
+
+    def all_partials(self) -> list[PartialRecord]:
+        """Return what came of all interrupted uploads. Reads every record."""
+        return self._journal.all_partials()
+
     def partial(self, path: str, user: str) -> PartialRecord | None:
         """Return what came of the user's interrupted upload to the path. One look into the database."""
         record = self._journal.partial(path)

@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 from ftpvfs.config.table import OPTIONS, PREFIX, URL_OPTION, nearest
 from ftpvfs.config.values import BOOL, ConfigError, storage_value
 
-COMMANDS = ("serve", "check-config", "hash-password")
+COMMANDS = ("serve", "check-config", "hash-password", "cache")
+CACHE_COMMANDS = ("ls", "verify", "flush")
 
 FLAGS = {f"--{row.flag}": row for row in OPTIONS}
-OTHER_FLAGS = ("--config", "--option", "--verbose", "--version", "--help")
+OTHER_FLAGS = ("--config", "--option", "--verbose", "--version", "--help", "--json")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", dest="config")
     parser.add_argument("--option", dest="option", action="append", default=[])
     parser.add_argument("-v", "--verbose", dest="verbose", action="count", default=0)
+    parser.add_argument("--json", dest="json", action="store_true", default=False)
     parser.add_argument("--version", dest="version", action="store_true", default=False)
     parser.add_argument("-h", "--help", dest="help", action="store_true", default=False)
     return parser
@@ -69,6 +71,10 @@ def command_of(positionals: Sequence[str]) -> tuple[str, list[str]]:
     command, rest = "serve", list(positionals)
     if rest and rest[0] in COMMANDS:
         command = rest.pop(0)
+    if command == "cache":
+        if not rest or rest[0] not in CACHE_COMMANDS:
+            raise ConfigError(f"cache: say what to do, as in cache ls; it knows {', '.join(CACHE_COMMANDS)}")
+        command = f"cache {rest.pop(0)}"
     if command == "check-config" and len(rest) != 1:
         raise ConfigError("check-config: name one ini file, as in check-config ftpvfs.ini")
     if command == "hash-password" and rest:

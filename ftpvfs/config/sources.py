@@ -27,13 +27,16 @@ Values = Mapping[str, Mapping[str, Any]]  # section -> field -> value, of those 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """What the flags say, else the environment, else the ini file, else the table. Raises ConfigError.
 
-    Commands are serve, check-config (its file in `Config.file`, unread), hash-password, help and version.
+    Commands are serve, check-config (its file in `Config.file`, unread), hash-password, `cache ls` and its like, help
+    and version.
     """
     arguments = parse_arguments(argv)
     for command in ("help", "version"):
         if arguments.flags[command]:
             return Config(command)
     command, positionals = command_of(arguments.positionals)
+    if arguments.flags["json"] and command != "cache ls":
+        raise ConfigError(f"--json: {command} does not print JSON; cache ls does")
     if command == "check-config":
         return Config(command, file=positionals[0])
 
@@ -50,7 +53,11 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         flags.setdefault(BACKEND, {})["url"] = positionals[0]
     options = read_options(arguments.flags["option"])
     return dataclasses.replace(
-        _combine(ini, [variables, flags], options), command=command, file=file, warnings=tuple(warnings)
+        _combine(ini, [variables, flags], options),
+        command=command,
+        json=arguments.flags["json"],
+        file=file,
+        warnings=tuple(warnings),
     )
 
 

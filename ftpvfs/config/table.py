@@ -546,6 +546,7 @@ class Config:
     users: tuple[User, ...] = ()  # all who may log in; none where a program or a class decides
     listeners: tuple[Listener, ...] = ()
     file: str = ""
+    json: bool = False  # for `cache ls`
     warnings: tuple[str, ...] = ()
 
 

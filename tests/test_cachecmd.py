@@ -1,0 +1,152 @@
+"""`python -m ftpvfs cache ls|verify|flush`, beside a running write-back and without one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftpvfs.backend.backend import protocol_of
+from ftpvfs.cache.index import cache_name
+from ftpvfs.clock import SYSTEM_CLOCK
+from ftpvfs.config import VFSOptions
+from tests.conftest import Store, run_program, wait_until
+from tests.servers import FaultProxy
+from tests.test_writeback import Rig
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path) -> Path:
+    return tmp_path / "caches"
+
+
+@pytest.fixture
+def make_rig(cache_dir: Path, make_backend: Callable[..., Any]) -> Iterator[Callable[..., Rig]]:
+    """make_rig(store, **options) -> Rig on the folder that the program uses; not started."""
+    rigs: list[Rig] = []
+
+    def make(store: Store, **options: Any) -> Rig:
+        backend = make_backend(store)
+        folder = cache_dir / cache_name([protocol_of(store.url), backend.root])
+        options = {"cache_mode": "full", "write_back": 0.0, **options}
+        rigs.append(Rig(backend, folder, SYSTEM_CLOCK, replace(VFSOptions(), **options)))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.fixture
+def run(cache_dir: Path) -> Run:
+    """run(store, "ls", ...) -> the finished program."""
+
+    def run(store: Store, *arguments: str) -> Any:
+        options = [f"--option={name}={json.dumps(value)}" for name, value in store.storage_options.items()]
+        return run_program("cache", *arguments, store.url, "--cache-dir", str(cache_dir), *options)
+
+    return run
+
+
+def test_ls_shows_what_waits_and_what_is_cached(make_rig: Callable[..., Rig], local_store: Store, run: Run) -> None:
+    rig = make_rig(local_store)
+    rig.publish("stored.bin", b"x" * 100)
+    rig.writeback.start()
+    wait_until(rig.is_clean)
+    rig.writeback.stop()
+    draft = rig.cache.draft("waits.bin", user="bob")
+    draft.write(0, b"12345")
+    rig.cache.publish(draft, mtime=1.5, base=None)
+
+    plain = run(local_store, "ls")
+    assert plain.returncode == 0
+    assert [line.split()[-1] for line in plain.stdout.splitlines()] == ["PATH", "stored.bin", "waits.bin"]
+    stored, waits = json.loads(run(local_store, "ls", "--json").stdout)
+    assert (stored["path"], stored["dirty"], stored["present"], stored["size"]) == ("stored.bin", False, 100.0, 100)
+    assert (waits["path"], waits["state"], waits["size"], waits["user"]) == ("waits.bin", "waiting", 5, "bob")
+    assert waits["age"] >= 0
+    assert local_store.list() == {"stored.bin"}  # looking stores nothing
+
+
+def test_where_there_is_no_cache_there_is_nothing_to_show(local_store: Store, run: Run, cache_dir: Path) -> None:
+    assert run(local_store, "ls", "--json").stdout == "[]\n"
+    assert run(local_store, "flush").returncode == 0
+    assert not cache_dir.exists()
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_flush_stores_what_waits_without_a_server(
+    make_rig: Callable[..., Rig], make_store: Callable[[str], Store], run: Run, kind: str
+) -> None:
+    store = make_store(kind)
+    rig = make_rig(store)
+    for number in range(5):
+        rig.publish(f"f{number}", b"%d" % number)
+    rig.close()
+
+    done = run(store, "flush")
+    assert (done.returncode, done.stdout.strip().endswith("all is stored")) == (0, True), done.stderr
+    assert {path: store.read(path) for path in store.list()} == {f"f{number}": b"%d" % number for number in range(5)}
+    assert not any(row["dirty"] for row in json.loads(run(store, "ls", "--json").stdout))
+
+
+def test_flush_beside_a_server_lets_that_store_what_waits(
+    make_rig: Callable[..., Rig], local_store: Store, run: Run
+) -> None:
+    rig = make_rig(local_store, write_back=3600.0)
+    rig.writeback.start()
+    rig.publish("a", b"x")
+    assert run(local_store, "flush").returncode == 0
+    assert local_store.read("a") == b"x"
+    wait_until(lambda: rig.changes)  # it was this process that stored it
+
+
+def test_flush_says_what_it_could_not_store(
+    make_rig: Callable[..., Rig], s3_store: Store, run: Run, make_proxy: Callable[[Any], FaultProxy]
+) -> None:
+    rig = make_rig(s3_store)
+    rig.publish("a", b"x")
+    rig.close()
+    proxy = make_proxy(s3_store)
+    proxy.fail_next(100, method="PUT", status=403, code="AccessDenied")
+
+    failed = run(s3_store.proxied(proxy), "flush")
+    assert failed.returncode == 1
+    assert "'a' is not stored: The store denies access" in failed.stderr
+    (row,) = json.loads(run(s3_store, "ls", "--json").stdout)
+    assert (row["state"], row["error"]) == ("failed", "The store denies access")
+
+
+def test_verify_finds_bytes_that_are_not_the_stores(
+    make_rig: Callable[..., Rig], s3_store: Store, run: Run
+) -> None:
+    rig = make_rig(s3_store)
+    rig.publish("a", b"x" * 1000)
+    rig.publish("b", b"y" * 1000)
+    rig.writeback.start()
+    wait_until(rig.is_clean)
+    rig.close()
+    sound = run(s3_store, "verify")
+    assert (sound.returncode, "2 files, 0 problems" in sound.stdout) == (0, True), sound.stdout + sound.stderr
+
+    (data,) = [file for file in (rig.folder / "clean").iterdir() if file.read_bytes() == b"x" * 1000]
+    os.truncate(data, 999)
+    with open(data, "ab") as file:
+        file.write(b"!")
+    broken = run(s3_store, "verify")
+    assert broken.returncode == 1
+    assert "'a' has other bytes here than at the store" in broken.stdout
+
+
+@pytest.mark.parametrize("arguments", [("cache",), ("cache", "lst"), ("cache", "flush", "--json")])
+def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...]) -> None:
+    refused = run_program(*arguments)
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1
