@@ -90,7 +90,7 @@ def test_as_few_as_possible_go_and_in_order(
     old = [each for each in known if age is not None and NOW - each.used > age]
     assert going[: len(old)] == old
     rest = going[len(old) :]
-    assert rest == in_order(set(known) - set(old))[: len(rest)]
+    assert rest == list(in_order(set(known) - set(old)))[: len(rest)]
     freed = sum(each.size for each in going)
     if len(going) < len(known):
         assert limits.excess(taken - freed, free + freed) == 0

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ftpvfs.cache.files import BESIDE, Place
-from ftpvfs.cache.records import DirtyRecord, is_id
+from ftpvfs.cache.records import DirtyRecord, PartialRecord, is_id
 
 logger = logging.getLogger(__name__)
+
+
+def partials_beside(folder: Path) -> list[PartialRecord]:
+    """Return what came of interrupted uploads, the newest of each path."""
+    newest: dict[str, PartialRecord] = {}
+    for path, name in _records(folder / Place.INCOMING.value):
+        with contextlib.suppress(OSError, ValueError):
+            record = PartialRecord.from_json(_settled(path))
+            with open(path.removesuffix(BESIDE), "rb") as data:
+                fcntl.flock(data, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it is being written
+            known = newest.get(record.path)
+            if record.size and record.id == name and (known is None or known.since < record.since):
+                newest[record.path] = record
+    return list(newest.values())
 
 
 def records_beside(folder: Path) -> list[DirtyRecord]:
@@ -30,16 +45,31 @@ def records_beside(folder: Path) -> list[DirtyRecord]:
     return [dataclasses.replace(each, attempted=True, tries=0, error="", due=0.0) for each in newest.values()]
 
 
+def _settled(path: str) -> bytes:
+    """Return a record that nobody is just making: whose change is under way will see to the index itself."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError("its change is under way") from None
+        return file.read()
+
+
 def _readable(folder: Path) -> Iterator[DirtyRecord]:
     """Yield the records whose data is there."""
+    for path, name in _records(folder):
+        try:
+            record = DirtyRecord.from_json(_settled(path))
+            if record.beside == name and (record.is_tombstone or os.stat(folder / name).st_size == record.size):
+                yield record
+        except (OSError, ValueError) as error:
+            logger.info("%s is no record of dirty data that is there: %s", path, error)
+
+
+def _records(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the path of each record in a place, and the name of the file that it belongs to."""
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             name, dot, end = entry.name.partition(".")
-            if not is_id(name) or dot + end != BESIDE:
-                continue
-            try:
-                record = DirtyRecord.from_json(Path(entry.path).read_bytes())
-                if record.is_tombstone or os.stat(folder / name).st_size == record.size:
-                    yield record
-            except (OSError, ValueError) as error:
-                logger.warning("%s is no record of dirty data that is there: %s", entry.path, error)
+            if is_id(name) and dot + end == BESIDE:
+                yield entry.path, name

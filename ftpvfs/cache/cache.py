@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.beside import records_beside
@@ -38,9 +39,12 @@ from ftpvfs.errors import failure
 from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # How often a file is looked for again that another process has just uploaded, renamed or deleted.
 MOST_LOOKS = 100
+# What publishing a file takes on the disk beside its bytes, generously: a record and some pages of the index.
+FOR_RECORDS = 2**20
 
 
 class Cache:
@@ -73,7 +77,7 @@ class Cache:
         self._journal = Journal(index, self.files, self._changed, self._lost)
         self._mirror: Mirror | None = None
         self.recovered = self.recover()
-        self._mirror = Mirror(self._journal.dirty, self._journal.all_dirty, feed)
+        self._mirror = Mirror(self._journal.dirty, self._journal.all_dirty, feed, lambda: index.replaced)
         self._items = Items(folder / "items", durable=False)
         self._open = OpenItems()
         self._clean = CleanItems(self.files, self._items, self._open, clock)
@@ -254,9 +258,11 @@ class Cache:
         """
         about_to_wait(Wait.DISK)
         draft.finish()
-        replaced = self._dirty.publish(draft, mtime=mtime, base=base, base_known=base_known)
+        replaced = self._with_room(
+            lambda: self._dirty.publish(draft, mtime=mtime, base=base, base_known=base_known)
+        )
         draft.close()
-        self._clean.forget(draft.path)
+        self._outdate(draft.path)
         self.count["published"] += 1
         if replaced.record is None:
             raise RuntimeError("a published file has a record")
@@ -358,8 +364,8 @@ class Cache:
         `at_store`: there is one. Nothing happens where nothing is dirty and nothing is at the store.
         """
         about_to_wait(Wait.DISK)
-        self._dirty.delete(path, at_store=at_store)
-        self._clean.forget(path)
+        self._with_room(lambda: self._dirty.delete(path, at_store=at_store))
+        self._outdate(path)
 
     def rename(self, source: str, target: str, *, source_at_store: bool, target_base: str | None) -> DirtyRecord:
         """Rename a dirty file, durably; write-back uploads it there, and deletes here what may be at the store.
@@ -368,8 +374,10 @@ class Cache:
         a dirty file.
         """
         about_to_wait(Wait.DISK)
-        old, new = self._dirty.rename(
-            source, target, source_at_store=source_at_store, target_base=target_base
+        old, new = self._with_room(
+            lambda: self._dirty.rename(
+                source, target, source_at_store=source_at_store, target_base=target_base
+            )
         )
         self._has_moved(old, new)
         return new
@@ -379,48 +387,61 @@ class Cache:
         about_to_wait(Wait.DISK)
         records = self.dirty_below(source)
         if records:
-            for old, new in self._dirty.rename_below(source, target, records):
+            for old, new in self._with_room(lambda: self._dirty.rename_below(source, target, records)):
                 self._has_moved(old, new)
 
     def _has_moved(self, old: DirtyRecord, new: DirtyRecord) -> None:
         if old.id is not None and new.id is not None:
             self._open.became(old.id, new.path, new.id, is_dirty=True)
-        self._clean.forget(old.path)
-        self._clean.forget(new.path)
+        self._outdate(old.path)
+        self._outdate(new.path)
+
+    def _outdate(self, path: str) -> None:
+        """Drop what is cached of an object that is about to be another one; what matters is done already."""
+        try:
+            self._clean.forget(path)
+        except OSError as error:  # it is of no use, and will be found so when somebody compares
+            logger.warning("What is cached of %r stays for a while: %s", path, error)
 
     def touch(self, path: str, mtime: float) -> DirtyRecord:
         """Give a dirty file another modification time, durably. ENOENT where the path is not a dirty file."""
         about_to_wait(Wait.DISK)
-        return self._dirty.touch(path, mtime)
+        return self._with_room(lambda: self._dirty.touch(path, mtime))
 
     # --- write-back's side
 
     def begin(self, record: DirtyRecord) -> bool:
         """Note durably, before the store is asked, that something may be there from now on; False: superseded."""
-        return self._dirty.begin(record)
+        return self._with_room(lambda: self._dirty.begin(record))
 
     def uploaded(self, record: DirtyRecord, entry: Entry) -> bool:
         """The store has the file, as `entry`: it is clean now. False where a newer record has taken its place."""
-        if not self._dirty.end(record, entry.fingerprint):
+        if not self._with_room(lambda: self._dirty.end(record, entry.fingerprint)):
             return False
         if self._keeps_clean:
-            self._clean.keep_uploaded(record, entry)
+            try:
+                self._clean.keep_uploaded(record, entry)
+            except OSError as error:
+                logger.warning("%r is uploaded and does not stay in the cache: %s", record.path, error)
         if record.id is not None:
             self._open.became(record.id, record.path, record.id, is_dirty=False)
         self._dirty.remove_files(record)
-        self.space.freed(1)
+        self.space.look_again()
         return True
 
     def deleted(self, record: DirtyRecord) -> None:
         """The store has nothing at the path any more."""
-        if self._dirty.end(record, None):
+        if self._with_room(lambda: self._dirty.end(record, None)):
             self._dirty.remove_files(record)
 
     def failed(self, record: DirtyRecord, error: OSError, due: float) -> None:
         """The store could not be brought to it; it is tried again at `due` (wall time)."""
-        self._dirty.failed(record, error, due)
+        self._with_room(lambda: self._dirty.failed(record, error, due))
 
     # --- space
+
+    def _with_room(self, call: Callable[[], T]) -> T:
+        return self.space.with_room(FOR_RECORDS, call)
 
     def evict(self) -> Evicted:
         """Remove clean files and partials that are too old or too many; nothing open in any process, nothing dirty."""

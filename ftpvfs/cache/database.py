@@ -40,6 +40,10 @@ DATABASE = "cache.db"
 FORK_PATIENCE = 5.0
 # SQLite's words for when a commit is on the disk: FULL, when it returns; NORMAL, at the next checkpoint.
 FULL, NORMAL = 2, 1
+# SQLite's words; its number for it is known from Python 3.11 on.
+FULL_DISK = "disk is full"
+# And for a key with a flipped bit, which is as sound to SQLite as any other.
+NO_TEXT = "Could not decode to UTF-8"
 
 
 class _ForkGate:
@@ -134,17 +138,23 @@ class Database:
         # Held by who writes: waiting here is fairer and shorter than SQLite's own sleep and try again.
         self._turn = threading.RLock()
         self._thread = threading.local()
+        self._inode = 0
+        # How often another database has taken the place of the one that was open.
+        self.replaced = 0
         try:
             with _gate:
                 self._cache, self._inode = self._open()
         except OSError as error:
             raise unusable(folder, error) from error
 
-    def _open(self) -> tuple[Any, int]:
-        """Return the database and its file's number, by which a new one in its place is noticed."""
+    def _open(self, damage: str | None = None) -> tuple[Any, int]:
+        """Return the database and its file's number, by which a new one in its place is noticed.
+
+        `damage` is what was wrong with the one that was open.
+        """
         private_folder(self._folder)
         with _exclusive(self._folder), _errors():
-            damage = self._damage()
+            damage = self._damage() or (damage if self._is_in_place() else None)
             if damage is not None:
                 self._set_aside(damage)
             is_new = not self._database.exists()
@@ -165,10 +175,11 @@ class Database:
         if not self._database.exists():
             return None
         connection = sqlite3.connect(self._database, timeout=LOCK_TIMEOUT)
+        connection.text_factory = bytes  # what is damaged is no text
         try:
-            found = str(connection.execute(f"PRAGMA {self.check}(1)").fetchone()[0])
-            return None if found == "ok" else found
-        except sqlite3.DatabaseError as error:
+            found = connection.execute(f"PRAGMA {self.check}(1)").fetchone()[0].decode(errors="replace")
+            return None if found == "ok" else str(found)
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if not _is_damage(error):
                 raise
             return str(error)
@@ -267,10 +278,10 @@ class Database:
                 try:
                     self._be_durable(cache)
                     return operation()
-                except sqlite3.DatabaseError as error:
+                except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
                     if not _is_damage(error):
                         raise
-                    self._reopen(cache)
+                    self._reopen(cache, str(error))
                 self._be_durable(self._cache)
                 return operation()
         finally:
@@ -285,18 +296,22 @@ class Database:
     def _reopen_if_replaced(self) -> None:
         """Follow another process that has set a damaged database aside, or a user who has emptied the cache folder."""
         cache = self._cache
-        try:
-            if os.stat(self._database).st_ino == self._inode:
-                return
-        except FileNotFoundError:
-            pass
-        self._reopen(cache)
+        if not self._is_in_place():
+            self._reopen(cache)
 
-    def _reopen(self, old: Any) -> None:
+    def _is_in_place(self) -> bool:
+        """Tell whether the database that is open is the one in the folder."""
+        try:
+            return os.stat(self._database).st_ino == self._inode
+        except FileNotFoundError:
+            return False
+
+    def _reopen(self, old: Any, damage: str | None = None) -> None:
         with self._lock:
             if self._cache is old:  # else another thread has done so
                 old.close()
-                self._cache, self._inode = self._open()
+                self._cache, self._inode = self._open(damage)
+                self.replaced += 1
 
 
 @contextmanager
@@ -310,9 +325,12 @@ def _exclusive(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _is_damage(error: sqlite3.Error) -> bool:
-    """Tell damage from a full disk, a lock and the like, for which sqlite3 has classes of their own."""
-    return type(error) is sqlite3.DatabaseError
+def _is_damage(error: Exception) -> bool:
+    """Tell damage from a full disk, a lock and the like, for which sqlite3 has classes of their own.
+
+    What SQLite says about damage may not even be text.
+    """
+    return type(error) in (sqlite3.DatabaseError, UnicodeDecodeError) or NO_TEXT in str(error)
 
 
 def _stored(key: str) -> str:
@@ -332,4 +350,5 @@ def _errors() -> Iterator[None]:
     except diskcache.Timeout as error:
         raise OSError(errno.EBUSY, "The index is locked by another process") from error
     except sqlite3.Error as error:
-        raise OSError(errno.EIO, f"The index cannot be used: {error}") from error
+        code = errno.ENOSPC if FULL_DISK in str(error) else errno.EIO
+        raise OSError(code, f"The index cannot be used: {error}") from error

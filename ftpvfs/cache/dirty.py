@@ -339,6 +339,8 @@ class DirtyFiles:
             for record in records:
                 file = self._files.write_beside(Place.DATA, record.beside, record.to_json())
                 written.append((record, file))
+                if replaces is not None:
+                    file.close()  # it stands in the place of one that counts
             yield
         except Exception:
             for record, _ in written:
@@ -381,7 +383,7 @@ def _publish(changes: Changes, record: DirtyRecord) -> Replaced:
         record = dataclasses.replace(record, base=old.base, base_known=old.base_known, attempted=old.attempted)
     changes.put(record)
     changes.drop_partial(record.path)
-    return Replaced(record, (old,) if old else (), partial)
+    return Replaced(record, (old,) if old is not None and old.beside != record.beside else (), partial)
 
 
 def _expect(changes: Changes, path: str, record: DirtyRecord | None) -> None:

@@ -6,6 +6,7 @@ Candidates are clean items and partials alone; who is dirty is never asked about
 from __future__ import annotations
 
 import enum
+import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,9 +49,15 @@ def expired(candidates: Iterable[Candidate], limits: Limits, now: float) -> Iter
         yield from (each for each in candidates if now - each.used > limits.max_age)
 
 
-def in_order(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Return them as they make room: clean ones before partials, least recently used first."""
-    return sorted(candidates)
+def in_order(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+    """Yield them as they make room: clean ones before partials, least recently used first.
+
+    From a heap: sorting 100,000 would keep all other threads from running for a tenth of a second.
+    """
+    heap = list(candidates)
+    heapq.heapify(heap)
+    while heap:
+        yield heapq.heappop(heap)
 
 
 def victims(candidates: Iterable[Candidate], limits: Limits, *, now: float, taken: int, free: int) -> list[Candidate]:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any, TypeVar
 
 from ftpvfs import paths
-from ftpvfs.cache.beside import records_beside
+from ftpvfs.cache.beside import partials_beside, records_beside
 from ftpvfs.cache.database import Database, ForeignRecord
 from ftpvfs.cache.summary import refill
 
@@ -44,7 +44,7 @@ class Index(Database):
     check = "integrity_check"
 
     def _refill(self) -> Mapping[str, bytes]:
-        return refill(records_beside(self._folder))
+        return refill(records_beside(self._folder), partials_beside(self._folder))
 
     # --- the journal: what is dirty, and partials. Its own format is none of the index's business.
 

@@ -38,7 +38,8 @@ class _Folder:
 class Mirror:
     """All dirty records of a store. Any thread; made after a fork.
 
-    `read` returns one path's record from the index, `read_all` all of them. Lock order: the mirror's, then the index.
+    `read` returns one path's record from the index, `read_all` all of them; `replaced` counts how often a damaged index
+    was replaced. Lock order: the mirror's, then the index.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Mirror:
         read: Callable[[str], DirtyRecord | None],
         read_all: Callable[[], list[DirtyRecord]],
         feed: ChangeFeed | None,
+        replaced: Callable[[], int] = lambda: 0,
     ) -> None:
         self._read = read
         self._read_all = read_all
+        self._replaced = replaced
         self._feed = feed
         self._news = feed.follow() if feed is not None else None
         self._lock = threading.Lock()
@@ -56,6 +59,7 @@ class Mirror:
         self._root = _Folder()
         self._size = 0
         self._count = 0
+        self._loaded = 0
         with self._lock:
             self._load_locked()
 
@@ -124,7 +128,7 @@ class Mirror:
 
     def _follow_locked(self) -> None:
         news = self._news.news() if self._news is not None else []
-        if news is None:
+        if news is None or self._loaded != self._replaced():
             self._load_locked()
             return
         for change in news:
@@ -134,6 +138,7 @@ class Mirror:
                 self._make_locked(parent).stale.add(name)
 
     def _load_locked(self) -> None:
+        self._loaded = self._replaced()
         self._root, self._size, self._count = _Folder(), 0, 0
         for record in self._read_all():
             self._set_locked(record.path, record)

@@ -9,17 +9,20 @@ import contextlib
 import errno
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ftpvfs.cache.eviction import Candidate, Kind, Limits, victims
 from ftpvfs.cache.files import BESIDE, DataFile, Files, Number, Place
 from ftpvfs.cache.records import is_id
 from ftpvfs.clock import Clock
+from ftpvfs.coordination.lockfile import LockFile
 from ftpvfs.errors import failure
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # A process tells the others of so many bytes at once: what it has not told yet, the limit may be exceeded by.
 STEP = 4 * 2**20
@@ -120,9 +123,10 @@ class Space:
         try:
             self._files.pwritev(file.descriptor, pieces, offset)
         except OSError as error:
-            if error.errno not in NO_SPACE or not self._make_room(sum(map(len, pieces))):
+            if error.errno not in NO_SPACE:
                 raise
-            self._files.pwritev(file.descriptor, pieces, offset)
+            size = sum(map(len, pieces))
+            self.with_room(size, lambda: self._files.pwritev(file.descriptor, pieces, offset))
 
     def reserve(self, file: DataFile, size: int, more: int) -> None:
         """Take the space for a file of `size` bytes, `more` than it had; ENOSPC where there is no such room."""
@@ -133,7 +137,7 @@ class Space:
         try:
             if self._excess() > 0:
                 self.evict()
-            if self._files.free() < more and not self._make_room(more):
+            if self._files.free() < more and not self.make_room(more):
                 raise failure(errno.ENOSPC, str(self._files.folder))
             self._files.reserve(file.descriptor, size)
         except BaseException:
@@ -156,6 +160,10 @@ class Space:
         if size:
             self._tell(-size)
             self._woken.set()
+
+    def look_again(self) -> None:
+        """Wake who waits for room: there is more that may be evicted."""
+        self._woken.set()
 
     def check(self) -> None:
         """Raise ENOSPC once waiting for room has been in vain."""
@@ -185,6 +193,15 @@ class Space:
         if self._is_limited:
             self._taken.add(size)
 
+    def with_room(self, size: int, call: Callable[[], T]) -> T:
+        """Call; where the disk is full make room for `size` bytes and call again. A call that fails changes nothing."""
+        try:
+            return call()
+        except OSError as error:
+            if error.errno not in NO_SPACE or not self.make_room(size):
+                raise
+        return call()
+
     # --- waiting for room
 
     def _start_waiting(self) -> None:
@@ -199,7 +216,7 @@ class Space:
         """Make room, or wait until write-back has made some; then let all who wait go on."""
         refused = None
         try:
-            self._make_room(0)
+            self.make_room(0)
             waited = 0.0
             while self._excess() > 0 and not self._closing.is_set():
                 if not self._dirty():
@@ -229,7 +246,9 @@ class Space:
     def evict(self, need: int = 0) -> Evicted:
         """Remove what is too old, and as much as the limits and `need` bytes demand. Nothing open, nothing dirty."""
         found = Evicted()
-        with self._evicting:
+        with self._alone(must=need > 0) as alone:
+            if not alone:
+                return found
             census = self._census()
             if self._is_limited:
                 self._taken.set(census.usage.taken)
@@ -248,11 +267,21 @@ class Space:
             )
         return found
 
+    @contextlib.contextmanager
+    def _alone(self, *, must: bool) -> Iterator[bool]:
+        """Be the only one who evicts, of all processes where that can be had; who `must` does not wait for others."""
+        with self._evicting:
+            lock = LockFile(str(self._files.folder / "evict.lock"))
+            try:
+                yield lock.try_lock() or must
+            finally:
+                lock.close()
+
     def _next(self, left: list[Candidate], need: int, usage: Usage, gone: int) -> list[Candidate]:
         taken, free = usage.taken - gone + need, self._files.free() - need
         return victims(left, self.limits, now=self._clock.time(), taken=taken, free=free)
 
-    def _make_room(self, need: int) -> bool:
+    def make_room(self, need: int) -> bool:
         """Evict so that `need` bytes more fit; whatever can go where the disk is full. Tell whether any went."""
         found = self.evict(need)
         if not found.size and need and self._files.free() < need:
@@ -262,7 +291,7 @@ class Space:
     def _evict_for_disk(self, need: int) -> Evicted:
         """Evict though no limit demands it, because the disk has no space."""
         found = Evicted()
-        with self._evicting:
+        with self._alone(must=True):
             limits = Limits(min_free=need)
             left = self._census().candidates
             going = victims(left, limits, now=self._clock.time(), taken=0, free=self._files.free())
@@ -282,18 +311,37 @@ class Space:
                     found.in_use += 1
                 else:
                     held.append((each, file))
-            self._forget([each.id for each, _ in held if each.kind is Kind.CLEAN])
-            return sum(self._remove_one(each, found) for each, _ in held)
+            clean = [each.id for each, _ in held if each.kind is Kind.CLEAN]
+            is_forgotten = self._forgotten(clean)
+            freed = sum(self._remove_one(each, found) for each, _ in held)
+            if not is_forgotten:
+                self._forgotten(clean)
+            return freed
         finally:
             for _, file in held:
                 file.close()
+
+    def _forgotten(self, ids: list[str]) -> bool:
+        """Remove records; False where even that needs space: a record without its file does no harm meanwhile."""
+        try:
+            self._forget(ids)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            return False
+        return True
 
     def _remove_one(self, victim: Candidate, found: Evicted) -> int:
         if victim.kind is Kind.CLEAN:
             found.removed += 1
             return self._files.unlink(Place.CLEAN, victim.id)
-        if not self._forget_partial(victim.id):
-            return 0
+        try:
+            if not self._forget_partial(victim.id):
+                return 0
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            return 0  # next time, when something else has gone
         found.removed_partials += 1
         size = self._files.unlink(Place.INCOMING, victim.id)
         self._files.unlink(Place.INCOMING, victim.id + BESIDE)

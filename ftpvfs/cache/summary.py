@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Iterable
 
-from ftpvfs.cache.records import DirtyRecord
+from ftpvfs.cache.records import DirtyRecord, PartialRecord
 
 DIRTY = "dirty:"
 PARTIAL = "partial:"
@@ -49,7 +49,7 @@ class Summary:
     __hash__ = None  # type: ignore[assignment]
 
 
-def refill(records: Iterable[DirtyRecord]) -> dict[str, bytes]:
+def refill(records: Iterable[DirtyRecord], partials: Iterable[PartialRecord] = ()) -> dict[str, bytes]:
     """Return what a new index holds of these records."""
     contents, summary = {}, Summary()
     for record in records:
@@ -57,4 +57,6 @@ def refill(records: Iterable[DirtyRecord]) -> dict[str, bytes]:
         contents[DIRTY + record.path] = data
         summary.change(None, data)
         summary.generation = max(summary.generation, record.generation)
-    return {**contents, SUMMARY: summary.to_json()} if contents else {}
+    if contents:
+        contents[SUMMARY] = summary.to_json()
+    return {**contents, **{PARTIAL + each.path: each.to_json() for each in partials}}

@@ -1,0 +1,250 @@
+"""The space that the cache takes: who goes, who never goes, and what an upload hears when there is no room."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftpvfs.cache.cache import Cache
+from ftpvfs.cache.index import Index
+from ftpvfs.config import VFSOptions
+from ftpvfs.coordination.feed import ChangeFeed
+from tests.test_cache import MovingClock, clock, entry, folder, memory, opened, publish, read  # noqa: F401 - fixtures
+
+KIB, MIB = 2**10, 2**20
+Open = Callable[..., Cache]
+
+
+def cached(cache: Cache, path: str, size: int) -> None:
+    """Let the cache have all of an object of `size` bytes."""
+    item = cache.open_item(path, entry(path, bytes(size)))
+    item.add(0, [os.urandom(size)])
+    item.save()
+    item.release()
+
+
+def is_cached(cache: Cache, path: str, size: int) -> bool:
+    item = cache.open_item(path, entry(path, bytes(size)))
+    try:
+        return item.complete
+    finally:
+        item.release()
+
+
+def test_what_nobody_has_used_for_too_long_goes(opened: Open, clock: MovingClock) -> None:  # noqa: F811
+    cache = opened(cache_max_age=60.0)
+    cached(cache, "old", KIB)
+    cached(cache, "used", KIB)
+    clock.now += 50
+    assert is_cached(cache, "used", KIB)
+    clock.now += 20
+    found = cache.evict()
+    assert (found.removed, found.in_use) == (1, 0)
+    assert cache.record("old") is None
+    assert is_cached(cache, "used", KIB)
+
+
+def test_the_least_recently_used_make_room(opened: Open, clock: MovingClock) -> None:  # noqa: F811
+    cache = opened(cache_max_size=MIB)
+    for path in ("a", "b", "c", "d"):
+        cached(cache, path, 300 * KIB)
+        clock.now += 1
+    assert is_cached(cache, "a", 300 * KIB)
+    cache.evict()
+    assert [is_cached(cache, path, 300 * KIB) for path in ("a", "c", "d")] == [True] * 3
+    assert cache.record("b") is None
+
+
+def test_size_is_what_is_really_used_on_the_disk(opened: Open) -> None:  # noqa: F811
+    cache = opened(cache_max_size=MIB)
+    item = cache.open_item("large", _large("large"))
+    item.add(5 * 2**30, [b"x" * KIB])
+    assert 0 < cache.usage().clean < 100 * KIB
+    item.release()
+    assert cache.evict().removed == 0
+
+
+def _large(path: str) -> Any:
+    found = entry(path, b"")
+    found.size = 10 * 2**30
+    return found
+
+
+def test_what_is_open_in_any_process_stays(opened: Open, clock: MovingClock) -> None:  # noqa: F811
+    cache, other = opened(cache_max_age=60.0), opened(cache_max_age=60.0)
+    cached(cache, "a", KIB)
+    item = other.open_item("a", entry("a", bytes(KIB)))
+    clock.now += 100
+    found = cache.evict()
+    assert (found.removed, found.in_use) == (0, 1)
+    assert item.complete
+    item.release()
+    clock.now += 100
+    assert cache.evict().removed == 1
+
+
+def test_what_is_dirty_stays_whatever_the_limits_say(opened: Open, clock: MovingClock) -> None:  # noqa: F811
+    cache = opened(cache_max_age=1.0, cache_max_size=KIB)
+    publish(cache, "a", b"x" * 100 * KIB)
+    clock.now += 1000
+    cache.evict()
+    assert read(cache, "a") == b"x" * 100 * KIB
+
+
+def test_partials_age_like_clean_files_and_make_room_after_them(opened: Open, clock: MovingClock) -> None:  # noqa: F811
+    cache = opened(cache_max_age=60.0, cache_max_size=MIB)
+    draft = cache.draft("p", user="alice")
+    draft.write(0, os.urandom(700 * KIB))
+    cache.abandon(draft)
+    clock.now += 1
+    cached(cache, "a", 700 * KIB)
+    found = cache.evict()
+    assert (found.removed, found.removed_partials) == (1, 0)
+    assert cache.partial("p", "alice") is not None
+    clock.now += 100
+    assert cache.evict().removed_partials == 1
+    assert cache.partial("p", "alice") is None
+
+
+def test_space_can_be_reserved_and_what_was_not_used_is_given_back(opened: Open) -> None:  # noqa: F811
+    cache = opened(cache_max_size=10 * MIB)
+    draft = cache.draft("a")
+    draft.reserve(4 * MIB)
+    assert cache.usage().incoming >= 4 * MIB
+    draft.write(0, b"hello")
+    cache.publish(draft, mtime=0.0, base=None)
+    assert cache.usage().taken < MIB
+    assert read(cache, "a") == b"hello"
+    refused = cache.draft("b")
+    with pytest.raises(OSError, match="larger than the cache") as caught:
+        refused.reserve(11 * MIB)
+    assert caught.value.errno == errno.ENOSPC
+    cache.abandon(refused)
+
+
+def test_an_upload_that_needs_room_gets_that_of_clean_files(opened: Open) -> None:  # noqa: F811
+    cache = opened(cache_max_size=20 * MIB)
+    for number in range(4):
+        cached(cache, f"c{number}", 4 * MIB)
+    draft = cache.draft("a")
+    for number in range(16):
+        draft.write(number * MIB, bytes(MIB))
+        pressure = draft.pressure()
+        if pressure is not None:
+            pressure.result(timeout=30)
+    cache.publish(draft, mtime=0.0, base=None)
+    assert cache.usage().taken <= 20 * MIB
+
+
+def test_an_upload_waits_while_write_back_makes_room(opened: Open, clock: MovingClock) -> None:  # noqa: F811
+    cache = opened(cache_max_size=16 * MIB)
+    record = publish(cache, "old", bytes(15 * MIB))
+    draft = cache.draft("new")
+    waiting = None
+    for number in range(8):
+        draft.write(number * MIB, bytes(MIB))
+        waiting = waiting or draft.pressure()
+    assert waiting is not None
+    assert not waiting.done()
+    assert cache.uploaded(record, entry("old", bytes(15 * MIB)))
+    waiting.result(timeout=30)
+    assert draft.pressure() is None
+    draft.write(8 * MIB, bytes(MIB))
+    cache.publish(draft, mtime=0.0, base=None)
+    assert cache.record("old") is None, "clean now, it made room"
+
+
+def test_an_upload_that_nothing_can_make_room_for_is_refused(opened: Open) -> None:  # noqa: F811
+    cache = opened(cache_max_size=8 * MIB)
+    draft = cache.draft("a")
+    with pytest.raises(OSError, match="full") as caught:  # noqa: PT012 - whichever comes too late
+        for number in range(100):
+            draft.write(number * MIB, bytes(MIB))
+            pressure = draft.pressure()
+            if pressure is not None:
+                pressure.result(timeout=30)
+    assert caught.value.errno == errno.ENOSPC
+    cache.abandon(draft)
+    cache.drop_partial("a")
+    publish(cache, "b", b"x" * MIB)
+
+
+def test_a_publish_goes_on_while_the_cache_is_emptied(opened: Open, clock: MovingClock) -> None:  # noqa: F811
+    cache = opened(cache_max_age=60.0)
+    for number in range(2000):
+        cached(cache, f"d/{number}", 10)
+    clock.now += 100
+    emptied = threading.Thread(target=cache.evict)
+    emptied.start()
+    published = 0
+    while emptied.is_alive() or not published:
+        publish(cache, f"n/{published}", b"x")
+        published += 1
+    emptied.join()
+    assert cache.usage().clean == 0
+    assert len(cache.all_dirty()) == published
+
+
+# --- a disk that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 16 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m,mode=700", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_loses_nothing_acknowledged_and_makes_room_from_clean_files(small_disk: Path) -> None:
+    folder = small_disk / "cache"  # noqa: F811
+    index, feed = Index(folder), ChangeFeed(folder)
+    cache = Cache(folder, index, VFSOptions(cache_mode="full"), clock=MovingClock(), feed=feed)
+    cached(cache, "clean", 8 * MIB)
+    acknowledged = []
+    with pytest.raises(OSError, match=r"space|full") as caught:  # noqa: PT012 - the one that does not fit any more
+        for number in range(100):
+            draft = cache.draft(f"{number}", user="alice")
+            try:
+                draft.write(0, bytes(512 * KIB))
+                cache.publish(draft, mtime=0.0, base=None)
+            except OSError:
+                cache.abandon(draft)
+                raise
+            acknowledged.append(f"{number}")
+    assert caught.value.errno == errno.ENOSPC
+    assert len(acknowledged) > 16, "the clean file made room"
+    assert [record.path for record in sorted(cache.all_dirty(), key=lambda each: each.generation)] == acknowledged
+    assert cache.check() == []
+    record = cache.dirty("0")
+    assert record is not None
+    cache.delete("0", at_store=False)
+    publish(cache, "again", bytes(256 * KIB))
+    assert cache.check() == []
+    for each in (cache, index, feed):
+        each.close()
+
+
+def test_the_disk_is_kept_free(small_disk: Path, clock: MovingClock) -> None:  # noqa: F811
+    folder = small_disk / "cache"  # noqa: F811
+    index = Index(folder)
+    cache = Cache(folder, index, VFSOptions(cache_mode="full", cache_min_free_space=6 * MIB), clock=clock)
+    for number in range(3):
+        cached(cache, f"c{number}", 4 * MIB)
+        clock.now += 1
+    cache.evict()
+    assert cache.usage().free >= 6 * MIB
+    assert is_cached(cache, "c2", 4 * MIB)
+    cache.close()
+    index.close()
