@@ -23,6 +23,7 @@ from pyftpdlib.filesystems import AbstractedFS
 
 from ftpvfs import paths
 from ftpvfs.backend.backend import Entry
+from ftpvfs.cache.records import PartialRecord
 from ftpvfs.errors import failure, reason_of
 from ftpvfs.vfs.dircache import Listing
 from ftpvfs.vfs.handle import Handle, WriteHandle
@@ -167,13 +168,42 @@ class VFSFilesystem(AbstractedFS):
     # --- opening
 
     @answered
-    def open(self, filename: str, mode: str) -> Any:
+    def open(self, filename: str, mode: str, rest: int | None = None) -> Any:
+        """Open a file. `rest` is the offset at which a client goes on with an upload; None where it says none."""
         if "r" not in mode or "+" in mode:
             self._make_home()
-        return self._for_channel(self._call(self._open, filename, mode))
+        return self._for_channel(self._call(self._open, filename, mode, rest))
 
-    def _open(self, filename: str, mode: str) -> Handle:
-        return self.vfs.open(self._path(filename), mode, name=filename, autocommit=False)
+    def _open(self, filename: str, mode: str, rest: int | None = None) -> Handle:
+        path = self._path(filename)
+        partial = self._resumed(path, mode, rest)
+        return self.vfs.open(path, mode, name=filename, autocommit=False, user=self._user, partial=partial)
+
+    def _resumed(self, path: str, mode: str, rest: int | None) -> PartialRecord | None:
+        """Return the interrupted upload that a client goes on with.
+
+        Where there is a file, only REST at exactly the upload's length means the upload; everything else the file.
+        """
+        if mode not in {"ab", "r+b"}:
+            return None
+        partial = self.vfs.partial(path, self._user)
+        if partial is None or rest == partial.size:
+            return partial
+        return partial if mode == "ab" and not self.vfs.exists(path) else None
+
+    @property
+    def _user(self) -> str:
+        return str(getattr(self.cmd_channel, "username", ""))
+
+    def _partial_entry(self, path: str, missing: FileNotFoundError) -> Entry:
+        """Return what came of the user's interrupted upload as if it was a file; raise `missing` where nothing did.
+
+        So clients learn where to go on: they ask for the size of the file that they have sent.
+        """
+        partial = self.vfs.partial(path, self._user)
+        if partial is None:
+            raise missing
+        return Entry(paths.split(path)[1], False, partial.size, partial.since)
 
     def _for_channel(self, handle: Handle) -> Any:
         return handle if self._commits() else StockFile(handle, self.cmd_channel)
@@ -227,7 +257,14 @@ class VFSFilesystem(AbstractedFS):
 
     @answered
     def remove(self, path: str) -> None:
-        self._call(self.vfs.remove, self._path(path), changes=True)
+        self._call(self._remove, self._path(path), changes=True)
+
+    def _remove(self, path: str) -> None:
+        try:
+            self.vfs.remove(path)
+        except FileNotFoundError:
+            if not self.vfs.drop_partial(path, self._user):
+                raise
 
     @answered
     def rename(self, src: str, dst: str) -> None:
@@ -249,16 +286,19 @@ class VFSFilesystem(AbstractedFS):
     def stat(self, path: str) -> Any:
         try:
             return self._call(self.vfs.stat, self._path(path))
-        except FileNotFoundError:
-            if path != self.root:
-                raise
-            return self.vfs.stat_entry("", Entry("", is_dir=True))
+        except FileNotFoundError as error:
+            if path == self.root:
+                return self.vfs.stat_entry("", Entry("", is_dir=True))
+            return self.vfs.stat_entry(self._path(path), self._partial_entry(self._path(path), error))
 
     lstat = stat
 
     @answered
     def getsize(self, path: str) -> int:
-        return self._call(self.vfs.lookup, self._path(path)).size
+        try:
+            return self._call(self.vfs.lookup, self._path(path)).size
+        except FileNotFoundError as error:
+            return self._partial_entry(self._path(path), error).size
 
     @answered
     def getmtime(self, path: str) -> float:
@@ -268,7 +308,14 @@ class VFSFilesystem(AbstractedFS):
     # asked they say yes, and the call that follows, which is guarded, tells the client why.
 
     def isfile(self, path: str) -> bool:
-        return self._asked(self.vfs.isfile, path)
+        return self._asked(self._is_file, path)
+
+    def _is_file(self, path: str) -> bool:
+        """Tell whether there is a file, or what came of the user's interrupted upload."""
+        try:
+            return not self.vfs.lookup(path).is_dir
+        except (FileNotFoundError, NotADirectoryError):
+            return self.vfs.partial(path, self._user) is not None
 
     def isdir(self, path: str) -> bool:
         return path == self.root or self._asked(self.vfs.isdir, path)

@@ -281,6 +281,11 @@ class Cache:
         draft.close()
         self._dirty.supersede(draft.path)
 
+    def supersede(self, path: str) -> None:
+        """End what is dirty at the path: the store has something newer, which did not come through the cache."""
+        about_to_wait(Wait.DISK)
+        self._dirty.supersede(path)
+
     def abandon(self, draft: Draft) -> None:
         """Give the draft up; where partials are kept its bytes become the path's partial. May be called again."""
         if draft.closed:

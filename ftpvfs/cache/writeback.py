@@ -382,6 +382,15 @@ class WriteBack:
             kind, path, size=record.size, user=record.user, fingerprint=fingerprint, mtime=record.mtime, **facts
         )
 
+    def stored(self, user: str, path: str, entry: Entry) -> None:
+        """Tell that the store has a file that no record was made of, since its writer waited for the store."""
+        for kind in ("received", "stored"):
+            self.events.add(
+                kind, path, size=entry.size, user=user, fingerprint=entry.fingerprint, mtime=entry.mtime
+            )
+        if self.events.is_any_wanted:
+            self._bell.ring()
+
     def received(self, record: DirtyRecord) -> None:
         """Tell that a file was acknowledged, and wake the leader; to be called once it is published."""
         self._tell("received", record, record.path, None)

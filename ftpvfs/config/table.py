@@ -261,7 +261,7 @@ class VFSOptions:
     """The options of a VFS: ini section [vfs], and the keywords of `VFS`. Seconds, bytes; None means off."""
 
     cache_mode: str = option(
-        "off", CACHE_MODE, "VFS", "What goes through the disk cache; only off so far", flag="vfs-cache-mode"
+        "off", CACHE_MODE, "VFS", "What goes through the disk cache: off, minimal, writes, full", flag="vfs-cache-mode"
     )
     cache_dir: str = option(
         None,
@@ -320,10 +320,9 @@ class VFSOptions:
         "VFS",
         "Max time since last access of objects in the cache",
         flag="vfs-cache-max-age",
-        later=True,
     )
     cache_max_size: int | None = option(
-        "off", SIZE, "VFS", "Max total size of objects in the cache", flag="vfs-cache-max-size", later=True
+        "off", SIZE, "VFS", "Max total size of objects in the cache", flag="vfs-cache-max-size"
     )
     cache_min_free_space: int | None = option(
         "off",
@@ -331,7 +330,6 @@ class VFSOptions:
         "VFS",
         "Target minimum free space on the disk containing the cache",
         flag="vfs-cache-min-free-space",
-        later=True,
     )
     cache_poll_interval: float | None = option(
         "1m",
@@ -339,7 +337,6 @@ class VFSOptions:
         "VFS",
         "Interval to look for what goes from the cache",
         flag="vfs-cache-poll-interval",
-        later=True,
     )
     cache_sync: bool = option(
         "on",
@@ -347,7 +344,6 @@ class VFSOptions:
         "VFS",
         "What is acknowledged survives a power cut, not only the end of the process",
         flag="vfs-cache-sync",
-        later=True,
     )
     write_back: float | None = option(
         "5s",
@@ -355,10 +351,9 @@ class VFSOptions:
         "VFS",
         "Time after its last use in which a file waits to be uploaded",
         flag="vfs-write-back",
-        later=True,
     )
     ack: str = option(
-        "cache", ACK, "VFS", "Where an upload is safe when it is acknowledged, in modes writes and full", later=True
+        "cache", ACK, "VFS", "Where an upload is safe when it is acknowledged, in modes writes and full"
     )
     conflict: str = option(
         "overwrite",
@@ -366,18 +361,9 @@ class VFSOptions:
         "VFS",
         "When an object was changed at the store while its new version waited to be uploaded",
         flag="vfs-conflict",
-        later=True,
     )
     keep_partial: str = option(
-        "cache", KEEP_PARTIAL, "VFS", "What becomes of an interrupted upload, which a client may resume", later=True
-    )
-    fast_fingerprint: bool = option(
-        "false",
-        BOOL,
-        "VFS",
-        "Use fast (less accurate) fingerprints for change detection",
-        flag="vfs-fast-fingerprint",
-        later=True,
+        "cache", KEEP_PARTIAL, "VFS", "What becomes of an interrupted upload, which a client may resume"
     )
     max_rename_objects: int = option(
         "10000", COUNT, "VFS", "Refuse to rename a folder of more objects, where that means copying each"
@@ -416,20 +402,19 @@ class VFSOptions:
         "Performance",
         "Extra read ahead over --buffer-size, on disk, in mode full",
         flag="vfs-read-ahead",
-        later=True,
     )
-    transfers: int = option("4", POSITIVE, "Performance", "Uploads from the cache to run in parallel", later=True)
+    transfers: int = option("4", POSITIVE, "Performance", "Uploads from the cache to run in parallel")
     on_received: str | Callable[..., Any] = option(
-        "", CALLBACK, "Events", "Command to run, or URL to post to, when an upload has arrived", later=True
+        "", CALLBACK, "Events", "Command to run, or URL to post to, when an upload has arrived"
     )
     on_stored: str | Callable[..., Any] = option(
-        "", CALLBACK, "Events", "Command to run, or URL to post to, when a file is in the store", later=True
+        "", CALLBACK, "Events", "Command to run, or URL to post to, when a file is in the store"
     )
     on_failed: str | Callable[..., Any] = option(
-        "", CALLBACK, "Events", "Command to run, or URL to post to, when a file cannot be stored", later=True
+        "", CALLBACK, "Events", "Command to run, or URL to post to, when a file cannot be stored"
     )
     failed_after: int = option(
-        "10", POSITIVE, "Events", "Tries after which --on-failed runs; a file is tried again all the same", later=True
+        "10", POSITIVE, "Events", "Tries after which --on-failed runs; a file is tried again all the same"
     )
     low_level_retries: int = option("10", COUNT, "Networking", "Tries of a request that the store may answer next time")
     contimeout: float | None = option("1m", DURATION, "Networking", "Time to wait for a connection")

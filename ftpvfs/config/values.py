@@ -397,7 +397,7 @@ CALLBACK = Kind("string", parse_text, str, (), (Callable,))  # a command, a URL,
 HOME = Kind("path", parse_home)
 PERMS = Kind("letters", parse_permissions)
 PASSWORD_HASH = Kind("string", parse_password_hash)
-CACHE_MODE = Kind("CacheMode", choice("off", later=("minimal", "writes", "full")))
+CACHE_MODE = Kind("CacheMode", choice("off", "minimal", "writes", "full"))
 CONFLICT = Kind("overwrite|keep-both|fail", choice("overwrite", "keep-both", "fail"))
 ACK = Kind("cache|store", choice("cache", "store"))
 KEEP_PARTIAL = Kind("cache|discard", choice("cache", "discard"))

@@ -12,6 +12,7 @@ import glob
 import logging
 import posixpath
 import re
+from concurrent.futures import Future
 from typing import Any
 
 from pyftpdlib.exceptions import FilesystemError
@@ -20,6 +21,7 @@ from pyftpdlib.handlers.ftp.producers import BufferedIteratorProducer
 from pyftpdlib.log import logger as session_logger
 
 from ftpvfs import paths
+from ftpvfs.errors import reason_of
 from ftpvfs.server.dispatch import VFSActiveDTP, VFSPassiveDTP
 from ftpvfs.server.limits import Limited
 from ftpvfs.server.login import Login
@@ -53,6 +55,8 @@ TIME_AND_NAME = re.compile(r"(\d{14})(?:\.\d+)? +(\S.*)")
 PORT_TRIES = 20
 # What begins or ends a data connection waits while the outcome of the last transfer is still being found out.
 AFTER_THE_OUTCOME = TRANSFERS | {"PASV", "EPSV", "PORT", "EPRT", "ABOR", "USER", "REIN"}
+# What asks for a file waits until a broken upload is put away, so that a client learns where to go on with it.
+AFTER_GIVING_UP = {"SIZE", "MLST", "STOR", "APPE", "DELE"}
 
 
 def reply_code(error: OSError) -> int:
@@ -89,6 +93,10 @@ class VFSHandler(Limited, PublicAddress, Login):
     rates: Rates | None = None
     # What the filesystem said about the command that runs; it decides the code of a 550.
     failure: OSError | None = None
+    # Bytes that ALLO has announced.
+    _allocated = 0
+    # Done when the last broken upload is put away, which may take longer than its answer.
+    given_up: Future[None] | None = None
 
     # --- replies and the log
 
@@ -147,6 +155,8 @@ class VFSHandler(Limited, PublicAddress, Login):
             return
         if cmd in AFTER_THE_OUTCOME:
             self._await_outcome(cmd)
+        if cmd in AFTER_GIVING_UP:
+            self._await_giving_up()
         if cmd in TRANSFERS and self.authenticated and not self._may_transfer():
             return
         if cmd in {"LIST", "NLST", "STAT"}:
@@ -166,6 +176,13 @@ class VFSHandler(Limited, PublicAddress, Login):
             return
         if cmd != "ABOR" or channel.stage is Stage.SETTLING:
             task.wait(channel.outcome)
+
+    def _await_giving_up(self) -> None:
+        task, given_up = current_task(), self.given_up
+        if given_up is not None:
+            if task is not None and not given_up.done():
+                task.wait(given_up)
+            self.given_up = None
 
     def _sets_time(self, cmd: str, arg: str) -> bool:
         if cmd not in {"MDTM", "MFMT"} or not TIME_AND_NAME.fullmatch(arg):
@@ -323,6 +340,46 @@ class VFSHandler(Limited, PublicAddress, Login):
             self.process_command("STAT", path)
         else:
             self.respond("550 Not enough privileges.")
+
+    # --- uploads
+
+    def ftp_ALLO(self, line: str) -> None:
+        """Note how long the next file will be (RFC 959, section 4.1.3), so that its space is taken before it comes."""
+        size = line.split(" ", 1)[0]
+        self._allocated = int(size) if size.isascii() and size.isdigit() else 0
+        self.respond("202 No storage allocation necessary.")
+
+    def ftp_STOR(self, file: str, mode: str = "w") -> str | None:
+        """Store a file; after REST go on with the file that is there, or with what a broken upload has left."""
+        cmd = "APPE" if mode == "a" else "STOR"
+        rest, self._restart_position = self._restart_position, 0
+        size, self._allocated = self._allocated, 0
+        try:
+            opened = self.run_as_current_user(self.fs.open, file, "r+b" if rest else f"{mode}b", rest or None)
+        except FilesystemError as error:
+            self.respond(f"550 {error}.")
+            return None
+        try:
+            if rest:
+                opened.resume(rest)
+            if size:
+                opened.reserve(size)
+        except OSError as error:
+            opened.close()
+            self.respond(f"{554 if error.errno == errno.EINVAL else reply_code(error)} {reason_of(error)}.")
+            return None
+        self._receive(opened, cmd)
+        return file
+
+    def _receive(self, opened: Any, cmd: str) -> None:
+        """Take the data connection's bytes for a file, once there is one."""
+        if self.data_channel is None:
+            self.respond("150 File status okay. About to open data connection.")
+            self._in_dtp_queue = (opened, cmd)
+        else:
+            self.respond("125 Data connection already open. Transfer starting.")
+            self.data_channel.file_obj = opened
+            self.data_channel.enable_receiving(self._current_type, cmd)
 
     def ftp_STOU(self, line: str) -> Any:
         """Store under a new name; who may not write there is told so before anything is made."""

@@ -131,8 +131,8 @@ class Offload:
         """Return a new task, to be started; `work` deals with its own exceptions, `Abandoned` among them."""
         return Task(self, work)
 
-    def later(self, owner: Hashable, call: Callable[[], object]) -> None:
-        """Have a call made by a thread of the owner's lane; its failure is logged, and only `close` waits for it."""
+    def later(self, owner: Hashable, call: Callable[[], object]) -> Future[None]:
+        """Have a call made by a thread of the owner's lane; its failure is logged. Return what is done when it is."""
         done: Future[None] = Future()
         self._later.add(done)
         done.add_done_callback(self._later.discard)
@@ -146,6 +146,7 @@ class Offload:
                 done.set_result(None)
 
         self.lane(owner).submit(work)
+        return done
 
     def close(self) -> None:
         """Abandon all tasks that are parked; wait a little for what was to be given up at the stores."""

@@ -472,7 +472,7 @@ class VFSDTPHandler(DTPHandler):
         if file is None or file.closed:
             return
         if self._offload is not None and not getattr(file, "closes_at_once", False):
-            self._offload.later(self._store, getattr(file, "abandon", file.close))
+            self.cmd_channel.given_up = self._offload.later(self._store, getattr(file, "abandon", file.close))
             return
         try:
             file.close()

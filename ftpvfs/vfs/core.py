@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftpvfs import paths
 from ftpvfs.backend.backend import Backend, Entry, Tuning, open_backend, protocol_of
 from ftpvfs.backend.chunks import ChunkPolicy
+from ftpvfs.cache.cache import Cache
+from ftpvfs.cache.downloader import Downloads
 from ftpvfs.cache.index import Index, cache_name
+from ftpvfs.cache.writeback import WriteBack
 from ftpvfs.clock import Clock
 from ftpvfs.config import VFSOptions
 from ftpvfs.coordination.feed import ChangeFeed
 from ftpvfs.coordination.folders import private_folder, unusable
 from ftpvfs.coordination.locks import PathLocks, ThreadLocks
+from ftpvfs.errors import failure
 from ftpvfs.memory import MemoryBudget
 from ftpvfs.vfs.dircache import DirCache
+from ftpvfs.vfs.pending import Pending, local_entry
 from ftpvfs.vfs.times import Times
 from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
+
+
+# What keeps a store from answering; what is cached is served then.
+AWAY = frozenset({
+    errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EBUSY,
+    errno.EIO,
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CacheParts:
+    """The disk cache of one store in one process, and what works on it."""
+
+    cache: Cache
+    downloads: Downloads
+    writeback: WriteBack
+    pending: Pending
 
 
 class Core:
@@ -64,6 +88,8 @@ class Core:
         self._index: Index | None = None
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._cache_feed: ChangeFeed | None = None
+        self.parts = self._open_cache() if options.cache_mode != "off" else None
         if options.poll_interval:
             self.background("ftpvfs-poll", self._poll)
 
@@ -97,17 +123,60 @@ class Core:
             self.alone = unusable(self._folder, error)
             logger.info("What other processes change is seen late: %s", self.alone)
 
+    def _open_cache(self) -> CacheParts:
+        """Open the disk cache: what is dirty is shown, and on its way to the store, from here on."""
+        if self.alone is not None or not isinstance(self._locks, PathLocks):
+            raise self.alone or failure(
+                errno.EINVAL, self.backend.display, "Only this process sees the store: --vfs-cache-mode must be off"
+            )
+        options = self.options
+        self._cache_feed = ChangeFeed(self._folder)
+        cache = Cache(self._folder, self.index, options, clock=self._clock, feed=self._cache_feed)
+        downloads = Downloads(
+            self.backend,
+            self.policy,
+            self.memory,
+            read_ahead=options.read_ahead or 0,
+            verify=not options.no_checksum,
+            clock=self._clock,
+        )
+        writeback = WriteBack(
+            cache,
+            self.backend,
+            folder=self._folder,
+            locks=self._locks,
+            options=options,
+            changed=self.changed,
+            clock=self._clock,
+        )
+        cache.start()
+        writeback.start()
+        return CacheParts(cache, downloads, writeback, Pending(cache, writeback, self.changed))
+
     @property
     def is_open(self) -> bool:
         """Whether `close` has not been called."""
         return not self._closing.is_set()
 
+    def stop(self, drain_timeout: float | None = 0.0) -> int:
+        """Store what waits, for as long as `drain_timeout` seconds (None: until it is done); return how much is left.
+
+        What is left is stored after the next start. Only `close` may follow.
+        """
+        return self.parts.writeback.stop(drain_timeout) if self.parts is not None else 0
+
     def close(self) -> None:
         """Stop the threads and release everything."""
+        self.stop()
         self._closing.set()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=10)
+        if self.parts is not None:
+            self.parts.downloads.close()
+            self.parts.cache.close()
+        if self._cache_feed is not None:
+            self._cache_feed.close()
         self.backend.close()
         with self._index_lock:
             if self._index is not None:
@@ -153,6 +222,42 @@ class Core:
                     self.dirs.doubt(path)
                 raise
 
+    # --- what is dirty
+
+    def changed(self, path: str, entry: Entry | None) -> None:
+        """Show at once, to all processes, what is at a path now; `entry` may be what only the store has."""
+        dirty = self.parts.cache.dirty(path) if self.parts is not None else None
+        if dirty is None:
+            self.dirs.changed(path, entry)
+        else:
+            self.dirs.changed(path, None if dirty.is_tombstone else local_entry(dirty))
+
+    @property
+    def pending(self) -> Pending | None:
+        """What the store does not have yet; None in mode off, where there is no such thing."""
+        return self.parts.pending if self.parts is not None else None
+
+    def replaced(self, path: str) -> None:
+        """The store has something at the path that is newer than whatever is cached of it."""
+        if self.pending is not None:
+            self.pending.replaced(path)
+
+    def forget_item(self, path: str) -> None:
+        """Nothing is at the path any more: drop what is cached of it."""
+        if self.parts is not None:
+            self.parts.cache.forget_item(path)
+
+    def renamed_item(self, source: str, target: str, entry: Entry) -> None:
+        """The store has renamed a file: take what is cached of it along, and end what was on its way to `target`."""
+        if self.parts is not None:
+            self.parts.cache.supersede(target)
+            self.parts.cache.rename_item(source, target, entry)
+
+    def settle(self, path: str) -> None:
+        """Have the deletions at and directly below a path done, before the store makes or removes a folder there."""
+        if self.pending is not None:
+            self.pending.settle(path)
+
     # --- the store's answers, with what it cannot know
 
     def _list(self, path: str) -> list[Entry]:
@@ -160,19 +265,40 @@ class Core:
         try:
             entries = self.backend.list(path)
         except FileNotFoundError:
-            if not self.keeps_folders or not (made or self.index.is_made(path)):
+            if not (made or self._is_kept(path)):
                 raise
             entries = []
+        if self.pending is not None:
+            entries = self.pending.overlay(path, entries)
         made -= {entry.name for entry in entries}
         return entries + [Entry(name, is_dir=True) for name in made]
 
     def _stat(self, path: str) -> Entry:
+        found = self.pending.find(path) if self.pending is not None else None
+        return found or self.stat(path)
+
+    def stat(self, path: str) -> Entry:
+        """Return what the store has at a path, and what it cannot know: folders that are here alone.
+
+        Where the store is away, what is cached of the path is as good as any answer.
+        """
         try:
             return self.backend.stat(path)
         except FileNotFoundError:
-            if self.keeps_folders and (self.index.is_made(path) or self.index.made_folders(path)):
+            if self._is_kept(path) or (self.keeps_folders and self.index.made_folders(path)):
                 return Entry(paths.split(path)[1], is_dir=True)
             raise
+        except OSError as error:
+            known = self.parts.cache.record(path) if self.parts is not None and error.errno in AWAY else None
+            if known is None:
+                raise
+            return Entry(paths.split(path)[1], False, known.size, known.mtime, known.fingerprint)
+
+    def _is_kept(self, path: str) -> bool:
+        """Tell whether a folder exists although the store does not know it."""
+        if self.keeps_folders and self.index.is_made(path):
+            return True
+        return self.pending is not None and self.pending.is_any_in(path)
 
     def keep_folder(self, path: str) -> None:
         """Let a folder outlive its last file where the store would let it go with it."""

@@ -73,8 +73,11 @@ def writes(flags: int) -> bool:
     return flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & (os.O_TRUNC | os.O_CREAT))
 
 
-def handle_kind(mode: CacheMode, flags: int, path: str, *, exists: bool) -> HandleKind:
-    """Return the kind of handle for a file that exists or not; raise what the system would, or the mode's refusal."""
+def handle_kind(mode: CacheMode, flags: int, path: str, *, exists: bool, is_dirty: bool = False) -> HandleKind:
+    """Return the kind of handle for a file that exists or not; raise what the system would, or the mode's refusal.
+
+    `is_dirty`: the store does not have the file yet, so that it is in the cache whatever the mode.
+    """
     access = flags & os.O_ACCMODE
     if access not in {os.O_RDONLY, os.O_WRONLY, os.O_RDWR}:
         raise failure(errno.EPERM, path, "Neither for reading nor for writing")
@@ -87,7 +90,7 @@ def handle_kind(mode: CacheMode, flags: int, path: str, *, exists: bool) -> Hand
     if access == os.O_RDONLY:
         if not exists and mode < CacheMode.MINIMAL:
             raise failure(errno.ENOENT, path)
-        return HandleKind.CACHED if mode >= CacheMode.FULL or not exists else HandleKind.READ
+        return HandleKind.CACHED if mode >= CacheMode.FULL or not exists or is_dirty else HandleKind.READ
     empty = not exists or bool(flags & os.O_TRUNC)
     if access == os.O_WRONLY:
         return _write_only(mode, path, empty=empty)

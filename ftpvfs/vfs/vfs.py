@@ -18,15 +18,16 @@ from hashlib import blake2b
 from typing import Any
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import Entry, Upload, display_url
+from ftpvfs.backend.backend import Entry, display_url
+from ftpvfs.cache.records import PartialRecord
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
 from ftpvfs.config import VFSOptions, vfs_options
 from ftpvfs.errors import EUNSUPPORTED, failure
-from ftpvfs.vfs.core import Core
+from ftpvfs.vfs.core import AWAY, Core
 from ftpvfs.vfs.dircache import Listing
-from ftpvfs.vfs.handle import FileHandle, Handle, ReadHandle, WriteHandle
+from ftpvfs.vfs.handle import Handle
+from ftpvfs.vfs.opening import Opening, Request
 from ftpvfs.vfs.openmode import CacheMode, HandleKind, flags_of, handle_kind, writes
-from ftpvfs.vfs.readahead import ReadAhead
 from ftpvfs.vfs.tree import move_tree
 from ftpvfs.waiting import Wait, about_to_wait
 
@@ -105,6 +106,14 @@ class VFS:
             _ = core.index  # a cache folder that cannot be used is told now and not to the first client
         if self.options.refresh:
             core.background("ftpvfs-refresh", lambda: self.refresh(recursive=True))
+
+    def stop(self, drain_timeout: float | None = 0.0) -> int:
+        """Store what waits in the cache, for at most `drain_timeout` seconds (None: no limit); return how much is left.
+
+        Another process that has the same cache open goes on instead. Only `close` may follow.
+        """
+        process = self._process()
+        return process.core.stop(drain_timeout) if process.core is not None else 0
 
     def check_shared(self) -> None:
         """Raise OSError where other processes with the same store would not see at once what this one changes."""
@@ -258,27 +267,67 @@ class VFS:
     # --- opening
 
     def open(
-        self, path: str, mode: str | int = "rb", *, name: str | None = None, autocommit: bool = True
+        self,
+        path: str,
+        mode: str | int = "rb",
+        *,
+        name: str | None = None,
+        autocommit: bool = True,
+        user: str = "",
+        partial: PartialRecord | None = None,
     ) -> Handle:
         """Open a file; return a binary file object for one thread.
 
         `mode` is a Python mode string or `os.O_*` flags. A file that is written appears whole when the handle is
         closed, and not at all when a `with` block fails or the handle is forgotten; with `autocommit=False` only
-        `commit()` publishes. `name` is the handle's `name`, for who logs it. The store is not asked to write before
-        the first byte.
+        `commit()` publishes. When that returns the file is in the store, or with `--vfs-cache-mode` writes and full and
+        `--ack cache` on the cache's disk for good and on its way. `name` is the handle's `name`, for who logs it.
+        Neither the store nor the disk is asked to write before the first byte. `user` is whose upload this is, should
+        it be interrupted; `partial` goes on with such a one.
         """
         path = self._real(path)
         flags = flags_of(mode)
-        entry = self._existing(path)
+        is_written = writes(flags) and flags & os.O_ACCMODE != os.O_RDONLY
+        entry, is_known = self._before_open(path, flags) if partial is None else (self._existing(path), True)
         if entry is not None and entry.is_dir:
             raise failure(errno.EISDIR, path)
-        if writes(flags) and flags & os.O_ACCMODE != os.O_RDONLY:
+        if is_written:
             self._check_writable(path)
-        kind = handle_kind(self._mode, flags, path, exists=entry is not None)
+        kind = handle_kind(
+            self._mode, flags, path, exists=entry is not None or partial is not None, is_dirty=self._is_dirty(path)
+        )
+        if kind is not HandleKind.READ:
+            self._check_parent(path, is_known=is_known)
+        self.core.count["writes" if is_written else "reads"] += 1
+        request = Request(path, name or path, flags, entry, is_known, user, autocommit, partial)
+        return self._opened(kind, request)
+
+    def _opened(self, kind: HandleKind, request: Request) -> Handle:
+        opening = Opening(self.core, self._clock)
         if kind is HandleKind.READ:
-            assert entry is not None
-            return self._open_read(path, name or path, entry)
-        return self._open_write(path, name or path, autocommit=autocommit)
+            return opening.streamed_read(request)
+        if kind is HandleKind.WRITE:
+            return opening.streamed_write(request)
+        if request.flags & os.O_ACCMODE == os.O_RDONLY and request.entry is not None:
+            return opening.cached_read(request)
+        return opening.cached_write(request)
+
+    def _before_open(self, path: str, flags: int) -> tuple[Entry | None, bool]:
+        """Return what is at the path and whether that is known: nobody needs the store to hand in a whole new file."""
+        try:
+            return self._existing(path), True
+        except OSError as error:
+            is_new = bool(flags & os.O_CREAT and flags & os.O_TRUNC)
+            if self._mode < CacheMode.WRITES or self.options.ack == "store" or not is_new or error.errno not in AWAY:
+                raise
+            return None, False
+
+    def _is_dirty(self, path: str) -> bool:
+        pending = self.core.pending
+        try:
+            return pending is not None and pending.find(path) is not None
+        except FileNotFoundError:
+            return False
 
     def _existing(self, path: str) -> Entry | None:
         try:
@@ -286,50 +335,18 @@ class VFS:
         except FileNotFoundError:
             return None
 
-    def _open_read(self, path: str, name: str, entry: Entry) -> Handle:
-        core = self.core
-        core.count["reads"] += 1
-        seekable = not self.options.no_seek
-        if core.backend.capability.opens_files:
-            return FileHandle(path, name, core.backend.open_file(path), seekable=seekable)
+    def partial(self, path: str, user: str = "") -> PartialRecord | None:
+        """Return what came of an interrupted upload of the user's to the path, to go on with (`open(partial=...)`)."""
+        parts = self.core.parts
+        return parts.cache.partial(self._real(path), user) if parts is not None else None
 
-        def open_at(version: Entry, offset: int) -> ReadAhead:
-            return ReadAhead(
-                lambda start, stop: core.backend.fetch(path, start, stop, version.fingerprint),
-                offset,
-                version.size,
-                core.policy,
-                core.memory,
-            )
-
-        def refresh() -> Entry:
-            try:
-                version = core.backend.stat(path)
-            except FileNotFoundError:
-                core.dirs.changed(path, None)
-                raise
-            core.dirs.changed(path, version)
-            if version.is_dir:
-                raise failure(errno.EISDIR, path)
-            return version
-
-        # An empty file needs no request to be read, so nothing would notice that it is not empty any more.
-        return ReadHandle(path, name, entry if entry.size else refresh(), open_at, refresh, seekable=seekable)
-
-    def _open_write(self, path: str, name: str, *, autocommit: bool) -> Handle:
-        core = self.core
-        self._check_parent(path)
-        core.count["writes"] += 1
-
-        def begin() -> Upload:
-            return core.backend.upload(path, mtime=None if self.options.no_modtime else self._clock.time())
-
-        def publish(upload: Upload) -> None:
-            with core.writer(path):
-                entry = upload.commit()
-                core.dirs.changed(path, entry)
-
-        return WriteHandle(path, name, begin, publish, autocommit=autocommit)
+    def drop_partial(self, path: str, user: str = "") -> bool:
+        """Remove what came of the user's interrupted upload; return whether there was anything."""
+        parts = self.core.parts
+        if parts is None or self.partial(path, user) is None:
+            return False
+        parts.cache.drop_partial(self._real(path))
+        return True
 
     # --- changing
 
@@ -341,6 +358,7 @@ class VFS:
             raise failure(errno.EEXIST, path)
         self._check_parent(path)
         core = self.core
+        core.settle(path)
         with core.writer(path):  # who is told that it exists already must see it, too
             core.make_folder(path)
             core.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True, mtime=self._clock.time()))
@@ -367,6 +385,7 @@ class VFS:
             raise failure(errno.ENOTDIR, path)
         if self._listing(path, fresh=True):
             raise failure(errno.ENOTEMPTY, path)
+        core.settle(path)
         with core.writer(path):
             core.backend.rmdir(path)
             if core.keeps_folders:
@@ -375,15 +394,17 @@ class VFS:
         core.keep_folder(paths.split(path)[0])
 
     def remove(self, path: str) -> None:
-        """Delete a file. Raises EISDIR for a folder, ENOENT."""
+        """Delete a file. Raises EISDIR for a folder, ENOENT. One that is on its way to the store never gets there."""
         path = self._real(path)
         self._check_writable(path)
         core = self.core
         if self._lookup(path).is_dir:
             raise failure(errno.EISDIR, path)
-        with core.writer(path):
-            core.backend.remove(path)
-            core.dirs.changed(path, None)
+        if core.pending is None or not core.pending.delete(path):
+            with core.writer(path):
+                core.backend.remove(path)
+                core.forget_item(path)
+                core.changed(path, None)
         core.times.removed(path)
         core.keep_folder(paths.split(path)[0])
 
@@ -401,9 +422,10 @@ class VFS:
         self._check_rename(source, target, entry)
         if source == target:
             return
+        there = self._existing(target)
         if entry.is_dir:
-            self._rename_folder(source, target, replaces=self._existing(target) is not None)
-        else:
+            self._rename_folder(source, target, replaces=there is not None)
+        elif self.core.pending is None or not self.core.pending.rename(source, target, there):
             self._rename_file(source, target, entry)
         self.core.keep_folder(paths.split(source)[0])
 
@@ -439,15 +461,19 @@ class VFS:
                 except OSError as error:
                     reason = f"It is at {target!r} now, but the old name could not be removed: {error.strerror}"
                     raise failure(error.errno or errno.EIO, source, reason) from error
-            core.dirs.changed(source, None)
+            core.renamed_item(source, target, renamed)
+            core.changed(source, None)
             renamed = replace(renamed, name=name)
             if core.times.keeps and entry.mtime is not None:
                 core.times.removed(source)
                 renamed = core.times.set(target, renamed, entry.mtime)
-            core.dirs.changed(target, renamed)
+            core.changed(target, renamed)
 
     def _rename_folder(self, source: str, target: str, *, replaces: bool) -> None:
         core = self.core
+        core.settle(target)
+        if core.pending is not None:
+            core.pending.rename_below(source, target)
         try:
             if core.backend.capability.renames_directories:
                 core.backend.rename(source, target)
@@ -455,6 +481,8 @@ class VFS:
             else:
                 self._move_tree(source, target)
         except OSError:
+            if core.pending is not None:
+                core.pending.rename_below(target, source)
             for path in (source, target):
                 core.dirs.doubt(path)
             if replaces and not core.is_there(target):  # its marker went with the copies that were taken back
@@ -480,17 +508,22 @@ class VFS:
             core.index.move_folder(source, target)
 
     def utime(self, path: str, times: tuple[float, float] | None = None) -> None:
-        """Set the modification time (`times` is (access, modification), None is now). It is there when this returns."""
+        """Set the modification time (`times` is (access, modification), None is now). It is there when this returns.
+
+        That of a file which is on its way to the store goes with it.
+        """
         path = self._real(path)
         self._check_writable(path)
         if self.options.no_modtime:
             raise failure(EUNSUPPORTED, path, "Modification times are switched off (--no-modtime)")
         core = self.core
         mtime = self._clock.time() if times is None else float(times[1])
+        if core.pending is not None and core.pending.touch(path, mtime):
+            return
         with core.writer(path):
             entry = self._lookup(path)
             if not entry.is_dir:
-                core.dirs.changed(path, core.times.set(path, entry, mtime))
+                core.changed(path, core.times.set(path, entry, mtime))
 
     def truncate(self, path: str, size: int) -> None:
         """Make a file `size` bytes long. Without a cache only 0 and the length it has."""
@@ -503,9 +536,11 @@ class VFS:
             raise failure(errno.EINVAL, path, f"A length of {size} bytes")
         if size == entry.size:
             return
-        if size:
-            raise failure(errno.EPERM, path, "Truncating needs --vfs-cache-mode minimal or more")
-        self.open(path, "wb").close()
+        if not size:
+            self.open(path, "wb").close()
+            return
+        with self.open(path, "r+b") as file:
+            file.truncate(size)
 
     # --- the directory cache
 
@@ -531,20 +566,30 @@ class VFS:
     def stats(self) -> dict[str, Any]:
         """Return counters and sizes for people and monitors."""
         core = self.core
-        return {
+        stats = {
             "store": self.name,
             "cache_mode": self.options.cache_mode,
             "directories": core.dirs.counts(),
             "buffer_memory": core.memory.used,
             "opened": dict(core.count),
         }
+        if core.parts is not None:
+            stats |= {"cache": core.parts.cache.stats(), "downloads": core.parts.downloads.stats()}
+        return stats
 
     def queue(self) -> list[dict[str, Any]]:
-        """Return the uploads that wait or run. Without a cache there are none: a reply waits for its upload."""
-        return []
+        """Return what waits for the store or is on its way, next first. Without a cache nothing ever waits."""
+        parts = self.core.parts
+        return parts.writeback.queue() if parts is not None else []
 
-    def sync(self) -> None:
-        """Return when every acknowledged byte is in the store. Without a cache it is already."""
+    def sync(self, timeout: float | None = None) -> None:
+        """Return when the store has every byte that is acknowledged by now. Without a cache it has already.
+
+        Raises the first failure where something is left: after `timeout` seconds, or without one once all was tried.
+        """
+        parts = self.core.parts
+        if parts is not None:
+            parts.writeback.sync(timeout)
 
     # --- checks
 
@@ -557,13 +602,17 @@ class VFS:
         if not self.core.backend.capability.writes:
             raise failure(errno.EROFS, path, "The store is read-only")
 
-    def _check_parent(self, path: str) -> None:
+    def _check_parent(self, path: str, *, is_known: bool = True) -> None:
+        """Raise what is wrong with the folder that is to hold the path; not `is_known`: unless the store is away."""
         parent = paths.split(path)[0]
         try:
             if not self._lookup(parent).is_dir:
                 raise failure(errno.ENOTDIR, path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise failure(error.errno or errno.ENOENT, path) from error
+        except OSError as error:
+            if is_known or error.errno not in AWAY:
+                raise
 
 
 class DirEntry:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ftplib
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from tests.conftest import Store, connect, download, last_reply, names, open_transfer, reply, upload
+from tests.conftest import connect, download, last_reply, names, open_transfer, reply, reset, upload, wait_until
+from tests.matrix.conftest import MODES, ModeStore
 
 MIB = 2**20
 Serve = Callable[..., tuple[str, int]]
@@ -18,8 +20,10 @@ LARGE = b"0123456789abcdef" * (MIB // 16 * 20) + b"the odd end"  # several parts
 
 
 @pytest.fixture
-def ftp(store: Store, ftp_server: Serve) -> Iterator[ftplib.FTP]:
-    with connect(ftp_server(store)) as client:
+def ftp(store: ModeStore, make_vfs: Callable[..., Any], ftp_server: Serve) -> Iterator[ftplib.FTP]:
+    vfs = make_vfs(store, cache_mode=store.mode, write_back="1h")  # nothing gets to the store by itself
+    store.vfses.append(vfs)
+    with connect(ftp_server(vfs)) as client:
         yield client
 
 
@@ -42,7 +46,7 @@ def listed(ftp: ftplib.FTP, command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("data", [b"", b"x", DATA, LARGE], ids=["empty", "byte", "1MiB", "20MiB"])
-def test_stor_puts_the_bytes_into_the_store_and_retr_gets_them(store: Store, ftp: ftplib.FTP, data: bytes) -> None:
+def test_stor_puts_the_bytes_into_the_store_and_retr_gets_them(store: ModeStore, ftp: ftplib.FTP, data: bytes) -> None:
     assert upload(ftp, "a.bin", data).startswith("226 ")
     assert store.read("a.bin") == data
     assert store.list() == {"a.bin"}
@@ -51,7 +55,7 @@ def test_stor_puts_the_bytes_into_the_store_and_retr_gets_them(store: Store, ftp
     assert download(ftp, "a.bin") == data
 
 
-def test_stor_replaces_a_file(store: Store, ftp: ftplib.FTP) -> None:
+def test_stor_replaces_a_file(store: ModeStore, ftp: ftplib.FTP) -> None:
     store.write("a", b"old and longer than the new one")
     assert upload(ftp, "a", b"new").startswith("226 ")
     assert store.read("a") == b"new"
@@ -59,28 +63,28 @@ def test_stor_replaces_a_file(store: Store, ftp: ftplib.FTP) -> None:
     assert ftp.size("a") == 3
 
 
-def test_rest_and_retr_resume_a_download(store: Store, ftp: ftplib.FTP) -> None:
+def test_rest_and_retr_resume_a_download(store: ModeStore, ftp: ftplib.FTP) -> None:
     store.write("a", LARGE)
     for offset in (1, 65_536, 5 * MIB + 3, len(LARGE) - 1, len(LARGE)):
         assert download(ftp, "a", rest=offset) == LARGE[offset:]
     assert download(ftp, "a") == LARGE  # REST is for one transfer
 
 
-def test_rest_beyond_the_end_is_refused(store: Store, ftp: ftplib.FTP) -> None:
+def test_rest_beyond_the_end_is_refused(store: ModeStore, ftp: ftplib.FTP) -> None:
     store.write("a", b"12345")
     with pytest.raises(ftplib.error_perm, match=r"^554 "):
         download(ftp, "a", rest=6)
     assert download(ftp, "a") == b"12345"
 
 
-def test_rest_does_not_outlive_a_refused_transfer(store: Store, ftp: ftplib.FTP) -> None:
+def test_rest_does_not_outlive_a_refused_transfer(store: ModeStore, ftp: ftplib.FTP) -> None:
     store.write("a", b"12345")
     assert code(ftp, "REST 3") == "350"
     assert code(ftp, "RETR a") == "425"  # no PASV before it
     assert download(ftp, "a") == b"12345"
 
 
-def test_files_that_are_missing_or_folders_are_refused(store: Store, ftp: ftplib.FTP) -> None:
+def test_files_that_are_missing_or_folders_are_refused(store: ModeStore, ftp: ftplib.FTP) -> None:
     store.write("folder/inside", b"x")
     for command in (
         "RETR missing",
@@ -97,13 +101,19 @@ def test_files_that_are_missing_or_folders_are_refused(store: Store, ftp: ftplib
     assert store.list() == {"folder/inside"}
 
 
-def test_appe_makes_a_missing_file(store: Store, ftp: ftplib.FTP) -> None:
+def test_appe_makes_a_missing_file(store: ModeStore, ftp: ftplib.FTP) -> None:
     assert upload(ftp, "a", b"first", verb="APPE").startswith("226 ")
     assert store.read("a") == b"first"
 
 
+def in_mode(*modes: str) -> Any:
+    chosen = [each for each in MODES if each[1] in modes]
+    return pytest.mark.parametrize("store", chosen, indirect=True, ids="-".join)
+
+
+@in_mode("off")
 @pytest.mark.parametrize("verb", ["APPE", "REST and STOR"])
-def test_changing_part_of_a_file_is_refused_naming_the_flag(store: Store, ftp: ftplib.FTP, verb: str) -> None:
+def test_changing_part_of_a_file_is_refused_naming_the_flag(store: ModeStore, ftp: ftplib.FTP, verb: str) -> None:
     store.write("a", b"content")
     pasv(ftp)
     if verb == "APPE":
@@ -117,7 +127,82 @@ def test_changing_part_of_a_file_is_refused_naming_the_flag(store: Store, ftp: f
     assert upload(ftp, "b", b"the session goes on").startswith("226 ")
 
 
-def test_stou_makes_a_new_name_each_time(store: Store, ftp: ftplib.FTP) -> None:
+@in_mode("minimal", "writes", "full")
+def test_appe_and_rest_change_part_of_a_file(store: ModeStore, ftp: ftplib.FTP) -> None:
+    store.write("a", LARGE)
+    assert upload(ftp, "a", b"more", verb="APPE").startswith("226 ")
+    assert download(ftp, "a") == LARGE + b"more"
+    assert upload(ftp, "a", b"XY", rest=5).startswith("226 ")
+    changed = LARGE[:5] + b"XY" + LARGE[7:] + b"more"
+    assert download(ftp, "a") == changed
+    assert ftp.size("a") == len(changed)
+    with pytest.raises(ftplib.error_perm, match=r"^554 "):
+        upload(ftp, "a", b"behind the end", rest=len(changed) + 1)
+    assert store.read("a") == changed
+
+
+def received(ftp: ftplib.FTP) -> int:
+    """How many bytes of the upload that is under way the server has taken."""
+    match = re.search(r"Total bytes received: (\d+)", reply(ftp, "STAT"))
+    return int(match[1]) if match else 0
+
+
+@in_mode("writes", "full")
+@pytest.mark.parametrize("how", ["APPE", "REST"])
+def test_an_interrupted_upload_goes_on_where_it_ended(store: ModeStore, ftp: ftplib.FTP, how: str) -> None:
+    with open_transfer(ftp, "STOR a") as with_data:
+        with_data.sendall(DATA)
+        wait_until(lambda: received(ftp) == len(DATA))
+        reset(with_data)
+    assert last_reply(ftp).startswith("426 ")
+    assert names(ftp) == set()
+    assert store.list() == set()
+    size = ftp.size("a")
+    assert size is not None
+    assert f"size={size};" in reply(ftp, "MLST a").lower()
+    rest = {"rest": size} if how == "REST" else {"verb": "APPE"}
+    assert upload(ftp, "a", DATA[size:] + b"end", **rest).startswith("226 ")  # type: ignore[arg-type]
+    assert store.read("a") == DATA + b"end"
+    assert names(ftp) == {"a"}
+
+
+@in_mode("writes", "full")
+def test_where_a_file_is_only_rest_at_its_length_goes_on_with_an_interrupted_upload(
+    store: ModeStore, ftp: ftplib.FTP
+) -> None:
+    store.write("a", b"old")
+    with open_transfer(ftp, "STOR a") as with_data:
+        with_data.sendall(b"new beginning")
+        wait_until(lambda: received(ftp) == 13)
+        reply(ftp, "ABOR")
+    assert last_reply(ftp).startswith("226 ")
+    assert ftp.size("a") == 3
+    assert download(ftp, "a") == b"old"
+    assert upload(ftp, "a", b" and end", rest=13).startswith("226 ")
+    assert store.read("a") == b"new beginning and end"
+
+
+@in_mode("writes", "full")
+def test_what_waits_is_renamed_dated_and_deleted_before_the_store_hears_of_it(
+    store: ModeStore, ftp: ftplib.FTP
+) -> None:
+    plain = super(ModeStore, store)
+    store.write("there", b"there")
+    for name in ("a", "b", "there"):
+        assert upload(ftp, name, f"new {name}".encode()).startswith("226 ")
+    assert rename(ftp, "a", "moved") == "250"
+    assert code(ftp, "MFMT 20200102030405 moved") == "213"
+    assert code(ftp, "DELE b") == "250"
+    assert rename(ftp, "there", "elsewhere") == "250"
+    assert names(ftp) == {"moved", "elsewhere"}
+    assert plain.list() == {"there"}
+    assert store.list() == {"moved", "elsewhere"}
+    assert store.read("moved") == b"new a"
+    assert store.mtime("moved") == 1577934245
+    assert store.read("elsewhere") == b"new there"
+
+
+def test_stou_makes_a_new_name_each_time(store: ModeStore, ftp: ftplib.FTP) -> None:
     for argument in ("", "", " wanted"):
         pasv(ftp)
         with_data = ftp.transfercmd(f"STOU{argument}")
@@ -130,7 +215,7 @@ def test_stou_makes_a_new_name_each_time(store: Store, ftp: ftplib.FTP) -> None:
     assert len([key for key in keys if key.startswith("wanted.")]) == 1
 
 
-def test_dele(store: Store, ftp: ftplib.FTP) -> None:
+def test_dele(store: ModeStore, ftp: ftplib.FTP) -> None:
     if store.kind == "memory":  # it has folders of its own; one that a file alone implied would go with it
         assert ftp.mkd("folder") == "/folder"
     store.write("folder/a", b"x")
@@ -144,7 +229,7 @@ def test_dele(store: Store, ftp: ftplib.FTP) -> None:
 # --- folders
 
 
-def test_folders_are_made_entered_listed_and_removed(store: Store, ftp: ftplib.FTP) -> None:
+def test_folders_are_made_entered_listed_and_removed(store: ModeStore, ftp: ftplib.FTP) -> None:
     assert ftp.mkd("one") == "/one"
     assert code(ftp, "MKD one") == "550"
     assert code(ftp, "MKD missing/sub") == "550"
@@ -179,7 +264,7 @@ def rename(ftp: ftplib.FTP, source: str, target: str) -> str:
     return code(ftp, f"RNTO {target}")
 
 
-def test_a_file_is_renamed_also_over_another(store: Store, ftp: ftplib.FTP) -> None:
+def test_a_file_is_renamed_also_over_another(store: ModeStore, ftp: ftplib.FTP) -> None:
     store.write("a", b"a's")
     store.write("b", b"b's")
     assert rename(ftp, "a", "b") == "250"
@@ -191,7 +276,7 @@ def test_a_file_is_renamed_also_over_another(store: Store, ftp: ftplib.FTP) -> N
     assert store.read("b") == b"a's"
 
 
-def test_a_folder_is_renamed_with_all_that_is_in_it(store: Store, ftp: ftplib.FTP) -> None:
+def test_a_folder_is_renamed_with_all_that_is_in_it(store: ModeStore, ftp: ftplib.FTP) -> None:
     for key in ("old/a", "old/sub/b", "older/c"):
         store.write(key, key.encode())
     assert ftp.mkd("old/empty") == "/old/empty"
@@ -202,7 +287,7 @@ def test_a_folder_is_renamed_with_all_that_is_in_it(store: Store, ftp: ftplib.FT
     assert names(ftp, "new") == {"a", "sub", "empty"}
 
 
-def test_renames_that_cannot_be_are_refused_and_change_nothing(store: Store, ftp: ftplib.FTP) -> None:
+def test_renames_that_cannot_be_are_refused_and_change_nothing(store: ModeStore, ftp: ftplib.FTP) -> None:
     for key in ("folder/a", "full/b", "file"):
         store.write(key, key.encode())
     before = store.list()
@@ -224,7 +309,7 @@ def test_renames_that_cannot_be_are_refused_and_change_nothing(store: Store, ftp
 # --- times
 
 
-def test_mfmt_sets_the_time_that_mdtm_mlst_and_list_tell(store: Store, ftp: ftplib.FTP) -> None:
+def test_mfmt_sets_the_time_that_mdtm_mlst_and_list_tell(store: ModeStore, ftp: ftplib.FTP) -> None:
     store.write("a", b"content")
     assert code(ftp, "MFMT 20200102030405 a") == "213"
     assert reply(ftp, "MDTM a") == "213 20200102030405"
@@ -246,7 +331,7 @@ def test_mfmt_sets_the_time_that_mdtm_mlst_and_list_tell(store: Store, ftp: ftpl
 
 
 @pytest.fixture
-def tree(store: Store) -> None:
+def tree(store: ModeStore) -> None:
     for key in ("a.txt", "b.txt", "c.csv", "folder/inside", "folder/b[1]"):
         store.write(key, key.encode())
 
@@ -305,7 +390,9 @@ def test_mlst_and_stat_answer_on_the_control_connection(ftp: ftplib.FTP) -> None
 
 # --- types
 
-two_stores = pytest.mark.parametrize("store", ["local", "s3"], indirect=True)  # one for each way of sending files
+two_stores = pytest.mark.parametrize(  # one for each way of sending files
+    "store", [("local", "off"), ("s3", "off"), ("s3", "full")], indirect=True, ids="-".join
+)
 
 
 @two_stores
@@ -322,7 +409,7 @@ two_stores = pytest.mark.parametrize("store", ["local", "s3"], indirect=True)  #
     ],
     ids=["crlf", "lf", "cr at the end", "only cr", "cr crlf", "long", "empty"],
 )
-def test_ascii_uploads_turn_crlf_into_lf(store: Store, ftp: ftplib.FTP, sent: bytes, stored: bytes) -> None:
+def test_ascii_uploads_turn_crlf_into_lf(store: ModeStore, ftp: ftplib.FTP, sent: bytes, stored: bytes) -> None:
     ftp.voidcmd("TYPE A")
     with_data = open_transfer(ftp, "STOR a")
     with_data.sendall(sent)
@@ -343,7 +430,7 @@ def test_ascii_uploads_turn_crlf_into_lf(store: Store, ftp: ftplib.FTP, sent: by
     ],
     ids=["lf", "crlf", "lf first, cr last", "crlf across pieces", "long"],
 )
-def test_ascii_downloads_turn_lf_into_crlf(store: Store, ftp: ftplib.FTP, stored: bytes, sent: bytes) -> None:
+def test_ascii_downloads_turn_lf_into_crlf(store: ModeStore, ftp: ftplib.FTP, stored: bytes, sent: bytes) -> None:
     store.write("a", stored)
     ftp.voidcmd("TYPE A")
     with open_transfer(ftp, "RETR a") as with_data, with_data.makefile("rb") as data:
@@ -383,7 +470,7 @@ def test_the_small_verbs_answer(ftp: ftplib.FTP) -> None:
     assert code(ftp, "QUIT") == "221"
 
 
-def test_quit_lets_the_transfer_finish(store: Store, ftp: ftplib.FTP) -> None:
+def test_quit_lets_the_transfer_finish(store: ModeStore, ftp: ftplib.FTP) -> None:
     with_data = open_transfer(ftp, "STOR a")
     with_data.sendall(DATA)
     assert code(ftp, "QUIT") == "221"
@@ -393,7 +480,7 @@ def test_quit_lets_the_transfer_finish(store: Store, ftp: ftplib.FTP) -> None:
     assert store.read("a") == DATA + DATA
 
 
-def test_abor_ends_a_download_with_426_and_226(store: Store, ftp: ftplib.FTP) -> None:
+def test_abor_ends_a_download_with_426_and_226(store: ModeStore, ftp: ftplib.FTP) -> None:
     store.write("a", LARGE)
     with open_transfer(ftp, "RETR a") as with_data:
         assert with_data.recv(1000)
@@ -403,7 +490,7 @@ def test_abor_ends_a_download_with_426_and_226(store: Store, ftp: ftplib.FTP) ->
 
 
 @pytest.mark.parametrize("sent", [b"", b"part"], ids=["before the first byte", "in the middle"])
-def test_abor_ends_an_upload_with_426_and_226(store: Store, ftp: ftplib.FTP, sent: bytes) -> None:
+def test_abor_ends_an_upload_with_426_and_226(store: ModeStore, ftp: ftplib.FTP, sent: bytes) -> None:
     store.write("a", b"old")
     with open_transfer(ftp, "STOR a") as with_data:
         with_data.sendall(sent)

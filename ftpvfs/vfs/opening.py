@@ -1,0 +1,193 @@
+"""Makes open files: the handle that the table in `openmode` names, with what it reads from and where it publishes.
+
+Nothing here touches the store or the disk; the handles do, when the first byte is wanted or comes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+from ftpvfs.backend.backend import ANY, Entry, Upload
+from ftpvfs.cache.downloader import Reader
+from ftpvfs.cache.item import Draft
+from ftpvfs.cache.records import PartialRecord
+from ftpvfs.clock import Clock
+from ftpvfs.errors import failure
+from ftpvfs.vfs.cached import CachedReadHandle, CachedWriteHandle
+from ftpvfs.vfs.core import CacheParts, Core
+from ftpvfs.vfs.handle import FileHandle, Handle, ReadHandle, WriteHandle
+from ftpvfs.vfs.pending import local_entry
+from ftpvfs.vfs.readahead import ReadAhead
+from ftpvfs.vfs.tee import Tee
+
+
+@dataclass(frozen=True)
+class Request:
+    """Who opens what. `entry` is what is there, None for nothing; `is_known` False: the store could not be asked."""
+
+    path: str
+    name: str
+    flags: int
+    entry: Entry | None
+    is_known: bool = True
+    user: str = ""
+    autocommit: bool = True
+    partial: PartialRecord | None = None
+
+
+class Opening:
+    """Opens files of one store in one process. Any thread."""
+
+    def __init__(self, core: Core, clock: Clock) -> None:
+        self._core = core
+        self._clock = clock
+        self._options = core.options
+        # Whether a positive reply means that the store has the file, or that the cache's disk has it for good.
+        self._stores_first = self._options.cache_mode == "minimal" or self._options.ack == "store"
+
+    # --- streamed
+
+    def streamed_read(self, request: Request) -> Handle:
+        """Open a file of the store for reading without the cache."""
+        core, path, entry = self._core, request.path, _there(request)
+        seekable = not self._options.no_seek
+        if core.backend.capability.opens_files:
+            return FileHandle(path, request.name, core.backend.open_file(path), seekable=seekable)
+
+        def open_at(version: Entry, offset: int) -> ReadAhead:
+            return ReadAhead(
+                lambda start, stop: core.backend.fetch(path, start, stop, version.fingerprint),
+                offset,
+                version.size,
+                core.policy,
+                core.memory,
+            )
+
+        # An empty file needs no request to be read, so nothing would notice that it is not empty any more.
+        version = entry if entry.size else self._refreshed(path)
+        return ReadHandle(path, request.name, version, open_at, lambda: self._refreshed(path), seekable=seekable)
+
+    def _refreshed(self, path: str) -> Entry:
+        """Ask the store for the version that it has now."""
+        core = self._core
+        try:
+            version = core.stat(path)
+        except FileNotFoundError:
+            core.changed(path, None)
+            raise
+        core.changed(path, version)
+        if version.is_dir:
+            raise failure(errno.EISDIR, path)
+        return version
+
+    def streamed_write(self, request: Request) -> Handle:
+        """Open a new version of a file for writing straight to the store; it is there when `commit` returns."""
+        core, path = self._core, request.path
+
+        def begin() -> Upload:
+            return core.backend.upload(path, mtime=self._mtime())
+
+        def publish(upload: Upload) -> None:
+            with core.writer(path):
+                entry = upload.commit()
+                core.replaced(path)
+                core.changed(path, entry)
+
+        return WriteHandle(path, request.name, begin, publish, autocommit=request.autocommit)
+
+    def _mtime(self) -> float | None:
+        return None if self._options.no_modtime else self._clock.time()
+
+    # --- through the cache
+
+    def cached_read(self, request: Request) -> CachedReadHandle:
+        """Open a file for reading through the cache: one that is dirty, or any in mode full."""
+        parts = self._parts
+        path = request.path
+
+        def open_at(version: Entry) -> Reader:
+            return parts.downloads.join(parts.cache.open_item(path, version), path, version)
+
+        return CachedReadHandle(
+            path,
+            request.name,
+            _there(request),
+            open_at,
+            lambda: self._refreshed(path),
+            seekable=not self._options.no_seek,
+        )
+
+    def cached_write(self, request: Request) -> Handle:
+        """Open a file for writing, or reading and writing, through the cache."""
+        path = request.path
+        keeps = request.entry is not None and not request.flags & os.O_TRUNC and request.partial is None
+        base = self.cached_read(request) if keeps else None
+        return CachedWriteHandle(
+            path,
+            request.name,
+            request.flags,
+            begin=lambda read: self._draft(request, read),
+            publish=lambda draft: self._publish(request, draft),
+            give_up=lambda draft: draft.abandon(),
+            run=self._parts.downloads.run,
+            base=base,
+            size=0 if request.partial is None else request.partial.size,
+            creates=request.entry is None or bool(request.flags & os.O_TRUNC),
+            autocommit=request.autocommit,
+            seekable=not self._options.no_seek,
+        )
+
+    def _draft(self, request: Request, base: CachedReadHandle | None) -> Tee:
+        """Begin the file that is written, at the store at the same time where that is what a reply waits for."""
+        core, cache, run = self._core, self._parts.cache, self._parts.downloads.run
+        if request.partial is not None:
+            return Tee(cache, cache.resume(request.partial), None, run)
+        item = None if base is None else base.reader.item
+        draft = cache.draft(request.path, user=request.user, base=item)  # type: ignore[arg-type]
+        sends = self._stores_first and base is None
+        upload = core.backend.upload(request.path, mtime=self._mtime()) if sends else None
+        return Tee(cache, draft, upload, run)
+
+    def _publish(self, request: Request, tee: Tee) -> None:
+        if self._stores_first:
+            self._store(request, tee)
+        else:
+            self._acknowledge(request, tee.draft)
+
+    def _store(self, request: Request, tee: Tee) -> None:
+        """Bring the file to the store; on return it is there, whole and verified."""
+        core, parts, path = self._core, self._parts, request.path
+        with core.writer(path):
+            entry = tee.sent()
+            if entry is None:
+                draft = tee.draft
+                upload = core.backend.upload_file(
+                    path, draft.descriptor, draft.size, mtime=self._mtime(), replaces=ANY
+                )
+                entry = upload.send()
+            parts.cache.publish_clean(tee.draft, entry)
+            core.changed(path, entry)
+        parts.writeback.stored(request.user, path, entry)
+
+    def _acknowledge(self, request: Request, draft: Draft) -> None:
+        """Make the file the one that the store is to have; on return it survives a kill and a power cut."""
+        parts = self._parts
+        base = None if request.entry is None else request.entry.fingerprint
+        record = parts.cache.publish(draft, mtime=self._clock.time(), base=base, base_known=request.is_known)
+        self._core.changed(request.path, local_entry(record))
+        parts.writeback.received(record)
+
+    @property
+    def _parts(self) -> CacheParts:
+        parts = self._core.parts
+        if parts is None:
+            raise failure(errno.EINVAL, self._core.backend.display, "There is no cache in mode off")
+        return parts
+
+
+def _there(request: Request) -> Entry:
+    if request.entry is None:
+        raise failure(errno.ENOENT, request.path)
+    return request.entry

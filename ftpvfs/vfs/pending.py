@@ -1,0 +1,112 @@
+"""What the store does not have yet, as the VFS shows and changes it: local files, deletions and renames on their way.
+
+The cache's dirty records say what the store is to have; here they are laid over its answers. Changes of what is dirty
+are made in the records, durably, and write-back follows; nothing in here waits for the store.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable
+
+from ftpvfs import paths
+from ftpvfs.backend.backend import Entry
+from ftpvfs.cache.cache import Cache
+from ftpvfs.cache.records import DirtyRecord
+from ftpvfs.cache.writeback import WriteBack
+from ftpvfs.errors import failure
+
+Changed = Callable[[str, Entry | None], None]
+
+
+def local_entry(record: DirtyRecord) -> Entry:
+    """Return a dirty file as a folder's entry; its fingerprint is no store's."""
+    name = paths.split(record.path)[1]
+    return Entry(name, False, record.size, record.mtime, f"cache-{record.id}-{record.generation}")
+
+
+class Pending:
+    """The dirty paths of one store. Any thread; `changed(path, entry)` tells the directory cache."""
+
+    def __init__(self, cache: Cache, writeback: WriteBack, changed: Changed) -> None:
+        self._cache = cache
+        self._writeback = writeback
+        self._changed = changed
+
+    # --- laid over the store's answers
+
+    def find(self, path: str) -> Entry | None:
+        """Return the dirty file at the path, None where the store is to be asked; ENOENT for one that was deleted."""
+        record = self._cache.dirty(path)
+        if record is None:
+            return None
+        if record.is_tombstone:
+            raise failure(errno.ENOENT, path)
+        return local_entry(record)
+
+    def overlay(self, folder: str, entries: Iterable[Entry]) -> list[Entry]:
+        """Return the folder's entries as they will be: with local files, without those deleted here."""
+        dirty = self._cache.dirty_in(folder)
+        names = {paths.split(record.path)[1] for record in dirty}
+        kept = [entry for entry in entries if entry.is_dir or entry.name not in names]
+        return kept + [local_entry(record) for record in dirty if not record.is_tombstone]
+
+    def is_any_in(self, folder: str) -> bool:
+        """Tell whether local files lie directly in the folder, so that it exists whatever the store says."""
+        return any(not record.is_tombstone for record in self._cache.dirty_in(folder))
+
+    # --- changes
+
+    def delete(self, path: str) -> bool:
+        """Delete a dirty file; return False where the path is not dirty (any more)."""
+        if self._file(path) is None:
+            return False
+        self._cache.delete(path, at_store=False)
+        self._changed(path, None)
+        self._writeback.notify()
+        return True
+
+    def touch(self, path: str, mtime: float) -> bool:
+        """Give a dirty file another modification time; return False where the path is not dirty (any more)."""
+        if self._file(path) is None:
+            return False
+        try:
+            record = self._cache.touch(path, mtime)
+        except FileNotFoundError:
+            return False
+        self._changed(path, local_entry(record))
+        return True
+
+    def rename(self, source: str, target: str, there: Entry | None) -> bool:
+        """Rename a dirty file over what is at `target`; return False where `source` is not dirty (any more)."""
+        if self._file(source) is None:
+            return False
+        base = None if there is None else there.fingerprint
+        try:
+            record = self._cache.rename(source, target, source_at_store=False, target_base=base)
+        except FileNotFoundError:
+            return False
+        self._changed(source, None)
+        self._changed(target, local_entry(record))
+        self._writeback.notify()
+        return True
+
+    def rename_below(self, source: str, target: str) -> None:
+        """Rename all dirty files below a folder whose objects the store is about to rename."""
+        self._cache.rename_below(source, target)
+        self._writeback.notify()
+
+    def replaced(self, path: str) -> None:
+        """The store has something at the path that is newer than what was on its way there."""
+        self._cache.supersede(path)
+        self._cache.forget_item(path)
+
+    def settle(self, path: str) -> None:
+        """Have the deletions at a path and directly below it done at the store."""
+        for record in [self._cache.dirty(path), *self._cache.dirty_in(path)]:
+            if record is not None and record.is_tombstone:
+                self._writeback.upload_now(record.path)
+
+    def _file(self, path: str) -> DirtyRecord | None:
+        record = self._cache.dirty(path)
+        return None if record is None or record.is_tombstone else record
