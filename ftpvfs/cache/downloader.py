@@ -98,7 +98,6 @@ class Downloads:
 
         `entry` is the version at the store that the item is of. A dirty item is all here, and nothing of it is asked.
         """
-        self._workers.start()
         if item.is_dirty or (item.complete and (item.is_verified or not self.verify)):
             return Reader(self, item, path, None)
         with self._lock:
@@ -167,6 +166,8 @@ class Reader:
     def __init__(self, downloads: Downloads, item: Fillable, path: str, downloader: Downloader | None) -> None:
         self.item = item
         self.path = path
+        # Has a thread do what must not be done in the one that completes a future.
+        self.run = downloads.run
         self._downloads = downloads
         self._downloader = downloader
         self._generation: int | None = None  # of the bytes that were handed out

@@ -21,27 +21,13 @@ class Workers:
     """
 
     def __init__(self, name: str, count: int = COUNT) -> None:
-        self._name = name
-        self._count = count
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._lock = threading.Lock()
-        # Protected by _lock.
-        self._threads: list[threading.Thread] = []
         self._is_closed = False
-
-    def start(self) -> None:
-        """Start the threads where they do not run yet; what was handed over before then waits."""
-        if self._threads:
-            return
-        with self._lock:
-            if self._threads or self._is_closed:
-                return
-            self._threads = [
-                threading.Thread(target=self._work, name=f"{self._name}-{number}", daemon=True)
-                for number in range(self._count)
-            ]
-            for thread in self._threads:
-                thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True) for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def run(self, job: Callable[[], object]) -> None:
         """Have a thread do the job, soon; after `close` it is done here and now. What it raises is logged."""
@@ -52,12 +38,10 @@ class Workers:
 
     def close(self) -> None:
         """Return when all jobs are done and the threads have ended."""
-        with self._lock:
-            self._is_closed = True
-            threads, self._threads = self._threads, []
-        for _ in threads:
+        self._is_closed = True
+        for _ in self._threads:
             self._jobs.put(None)
-        for thread in threads:
+        for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
         while not self._jobs.empty():

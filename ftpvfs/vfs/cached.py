@@ -13,11 +13,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ftpvfs.backend.backend import Entry
-from ftpvfs.cache.downloader import GONE, Reader
+from ftpvfs.cache.downloader import GONE, TRIES, Reader
 from ftpvfs.errors import failure
 from ftpvfs.vfs.handle import Handle, WritingHandle
 from ftpvfs.waiting import Wait, about_to_wait, current_job, result_of, shared_result_of
@@ -128,16 +129,21 @@ class CachedReadHandle(Handle):
 
         Raises ECHANGED when the file is another version by now and part of this one has been handed out.
         """
+        view = self.take_at(self._position, limit)
+        self._position += len(view)
+        return view
+
+    def take_at(self, offset: int, limit: int) -> memoryview:
+        """The same from any offset on, wherever the position is."""
         self._check_open()
-        count = self._awaited(self._position) if limit > 0 else 0
+        count = self._awaited(offset) if limit > 0 else 0
         if not count:
             return memoryview(b"")
         reader = self._opened()
-        data = os.pread(reader.item.descriptor, min(limit, count, MOST_READ), self._position)
+        data = os.pread(reader.item.descriptor, min(limit, count, MOST_READ), offset)
         if not data:
             raise failure(errno.EIO, self.path, "The data file in the cache is shorter than it should be")
-        self._position += len(data)
-        reader.advance(self._position)
+        reader.advance(offset + len(data))
         return memoryview(data)
 
     def _join(self, size: int | None) -> bytes:
@@ -149,24 +155,21 @@ class CachedReadHandle(Handle):
     def fill(self) -> Future[None]:
         """Have all of the file fetched. The future fails with what went wrong."""
         done: Future[None] = Future()
-        self._fill_on(done, None)
+        self._fill_on(done)
         return done
 
-    def _fill_on(self, done: Future[None], _: object) -> None:
+    def _fill_on(self, done: Future[None]) -> None:
         try:
             while (offset := self._first_missing()) is not None:
-                if self._ready_at(offset):
-                    continue
-                future = self._pending_at(offset)
-                if future is not None:
-                    future.add_done_callback(partial(self._fill_on, done))
+                if not self._ready_at(offset) and (future := self._pending_at(offset)) is not None:
+                    # Not in the thread that completes it, which may be the store's: there may be a question to ask.
+                    go_on = partial(self._opened().run, partial(self._fill_on, done))
+                    future.add_done_callback(lambda _, go_on=go_on: go_on())  # type: ignore[misc]
                     return
         except BaseException as error:  # noqa: BLE001 - it belongs to who waits
-            with suppress(InvalidStateError):
-                done.set_exception(error)
+            _finish(done, error)
         else:
-            with suppress(InvalidStateError):
-                done.set_result(None)
+            _finish(done)
 
     def _first_missing(self) -> int | None:
         self._check_open()
@@ -183,6 +186,8 @@ class CachedReadHandle(Handle):
     def _opened(self) -> Reader:
         if self._reader is None:
             self._reader = self._open_at(self.entry)
+            if self._reader.item.size != self.entry.size:  # it was written here since the entry was looked up
+                self.entry = replace(self.entry, size=self._reader.item.size)
         return self._reader
 
     def _ready_at(self, offset: int) -> int:
@@ -243,6 +248,15 @@ class CachedReadHandle(Handle):
         self.close()
 
 
+def _finish(future: Future[None], error: BaseException | None = None) -> None:
+    """Complete a future that who waits may have cancelled."""
+    with suppress(InvalidStateError):
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+
 def _is_unwanted() -> bool:
     job = current_job()
     return job is not None and job.is_cancelled
@@ -272,6 +286,74 @@ class Draft(Protocol):
 
 
 D = TypeVar("D", bound=Draft)
+
+
+class Preparing(Generic[D]):
+    """The making of a draft out of a file that has to be fetched first. Any thread."""
+
+    def __init__(
+        self,
+        base: CachedReadHandle,
+        begin: Callable[[CachedReadHandle], D],
+        run: Callable[[Callable[[], object]], None],
+        give_up: Callable[[D], None],
+    ) -> None:
+        # Done, or failed, when there is something to say.
+        self.done: Future[None] = Future()
+        self._base = base
+        self._begin = begin
+        self._run = run
+        self._abandon_draft = give_up
+        self._tries = 0
+        self._lock = threading.Lock()
+        # Protected by _lock.
+        self._draft: D | None = None
+        self._is_over = False
+
+    def start(self) -> None:
+        """Fetch what is missing; then make the draft."""
+        self._tries += 1
+        self._base.fill().add_done_callback(self._filled)
+
+    def draft(self) -> D:
+        """Return the draft, once; raises why there is none."""
+        self.done.result()
+        with self._lock:
+            draft, self._draft = self._draft, None
+        assert draft is not None
+        return draft
+
+    def give_up(self) -> None:
+        """Nobody wants the draft any more, whether it is made or not."""
+        with self._lock:
+            self._is_over = True
+            draft, self._draft = self._draft, None
+        if draft is not None:
+            self._abandon_draft(draft)
+
+    def _filled(self, filled: Future[None]) -> None:
+        error = filled.exception()
+        if error is None:
+            self._run(self._make)
+        else:
+            _finish(self.done, error)
+
+    def _make(self) -> None:
+        try:
+            self._base.verify()
+            if not self._base.reader.item.complete and self._tries < TRIES:
+                self.start()  # what came was damaged, and nobody has seen it
+                return
+            draft = self._begin(self._base)
+        except BaseException as error:  # noqa: BLE001 - it belongs to who waits
+            _finish(self.done, error)
+            return
+        with self._lock:
+            is_over = self._is_over
+            self._draft = None if is_over else draft
+        if is_over:
+            self._abandon_draft(draft)
+        _finish(self.done)
 
 
 class CachedWriteHandle(WritingHandle, Generic[D]):
@@ -318,10 +400,7 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         self._draft: D | None = None
         # Written before the base was here; `None` is the end of the file.
         self._early: list[tuple[int | None, bytes]] = []
-        self._preparing: Future[D] | None = None
-        self._lock = threading.Lock()  # for the two below, which another thread asks when a draft is made
-        self._is_over = False
-        self._late: D | None = None
+        self._preparing: Preparing[D] | None = None
 
     @property
     def size(self) -> int:
@@ -383,8 +462,8 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
 
     def pressure(self) -> Future[Any] | None:
         """Return a future to await before more is written; None when more may come."""
-        if self._preparing is not None and not self._preparing.done():
-            return self._preparing
+        if self._preparing is not None and not self._preparing.done.done():
+            return self._preparing.done
         if self._early and self._is_prepared():
             with self._failing_for_good():
                 self._put_early()
@@ -435,8 +514,8 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
                 self._take_up(self._begin(None))
             else:
                 self._prepare(self._base)
-        if self._draft is None and self._preparing is not None and self._preparing.done():
-            self._take_up(self._preparing.result())
+        if self._draft is None and self._preparing is not None and self._preparing.done.done():
+            self._take_up(self._preparing.draft())
         return self._draft is not None
 
     def _prepared(self) -> D:
@@ -444,7 +523,7 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         while not self._is_prepared():
             assert self._preparing is not None
             about_to_wait(Wait.STORE)
-            shared_result_of(self._preparing, self.path)
+            shared_result_of(self._preparing.done, self.path)
         assert self._draft is not None
         if self._early:
             self._put_early()
@@ -459,34 +538,8 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
 
     def _prepare(self, base: CachedReadHandle) -> None:
         """Have the whole base fetched and cloned, in threads that nobody here waits for."""
-        prepared: Future[D] = Future()
-        self._preparing = prepared
-
-        def clone() -> None:
-            try:
-                base.verify()
-                draft = self._begin(base)
-            except BaseException as error:  # noqa: BLE001 - it belongs to who waits
-                with suppress(InvalidStateError):
-                    prepared.set_exception(error)
-                return
-            with self._lock:
-                is_late = self._is_over
-                self._late = draft
-            if is_late:
-                self._abandon_draft(draft)
-            with suppress(InvalidStateError):
-                prepared.set_result(draft)
-
-        def filled(future: Future[None]) -> None:
-            error = future.exception()
-            if error is None:
-                self._run(clone)
-            else:
-                with suppress(InvalidStateError):
-                    prepared.set_exception(error)
-
-        base.fill().add_done_callback(filled)
+        self._preparing = prepared = Preparing(base, self._begin, self._run, self._abandon_draft)
+        prepared.start()
 
     def _drop_base(self) -> None:
         """Let go of what was there: nothing of it will be left."""
@@ -502,8 +555,7 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
             raise self._unsupported("The file is open for writing alone")
         self._check_open()
         if self._base is not None and self._draft is None and self._preparing is None:
-            self._base.seek(self._position)
-            view = self._base.take(limit)
+            view = self._base.take_at(self._position, limit)
         elif self._position >= self._size or limit <= 0:
             return memoryview(b"")
         else:
@@ -519,14 +571,12 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         self._close_base()
 
     def _give_up(self) -> None:
-        with self._lock:
-            self._is_over = True
-            draft = self._draft or self._late
-        self._draft = None
-        self._late = None
+        draft, self._draft = self._draft, None
         self._close_base()
         if draft is not None:
             self._abandon_draft(draft)
+        elif self._preparing is not None:
+            self._preparing.give_up()
 
     def __del__(self) -> None:
         # Not here: the collector may run inside of any call of the cache, with locks held.
