@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 from ftpvfs.vfs.openmode import CacheMode, HandleKind, flags_of, handle_kind, writes
+from tests.conftest import Store
 
 ACCESS = (os.O_RDONLY, os.O_WRONLY, os.O_RDWR)
 EXTRAS = (os.O_APPEND, os.O_CREAT, os.O_EXCL, os.O_SYNC, os.O_TRUNC)
@@ -136,3 +140,120 @@ def test_whatever_could_change_the_store_counts_as_writing() -> None:
     for flags in ALL_FLAGS:
         harmless = flags & os.O_ACCMODE == os.O_RDONLY and not flags & (os.O_CREAT | os.O_TRUNC)
         assert writes(flags) is not harmless, oct(flags)
+
+
+# --- through `VFS.open`, beside the same on a file of Linux: what open says, then what a read, a write and the close
+# leave behind.
+
+OLD = b"potato"
+NEW = b"hello"
+
+
+class Outcome(NamedTuple):
+    """What became of one open: errno names, or what was read, how much was written, and what is there afterwards."""
+
+    opened: str
+    read: bytes | str = ""
+    written: int | str = ""
+    contents: bytes | None = OLD
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def on_linux(path: Path, flags: int) -> Outcome:
+    descriptor = attempt(lambda: os.open(path, flags, 0o600))
+    if isinstance(descriptor, str):
+        return Outcome(descriptor, contents=path.read_bytes() if path.exists() else None)
+    read, written = attempt(lambda: os.read(descriptor, 1)), attempt(lambda: os.write(descriptor, NEW))
+    os.close(descriptor)
+    return Outcome("", read, written, path.read_bytes())
+
+
+def on_vfs(vfs: Any, path: str, flags: int) -> Outcome:
+    handle = attempt(lambda: vfs.open(path, flags))
+    if isinstance(handle, str):
+        return Outcome(handle, contents=contents(vfs, path))
+    read, written = attempt(lambda: handle.read(1)), attempt(lambda: handle.write(NEW))
+    handle.close()
+    return Outcome("", read, written, contents(vfs, path))
+
+
+def contents(vfs: Any, path: str) -> bytes | None:
+    try:
+        with vfs.open(path, "rb") as handle:
+            return bytes(handle.read())
+    except FileNotFoundError:
+        return None
+
+
+def difference(mode: CacheMode, flags: int, exists: bool) -> tuple[str, Outcome] | None:
+    """Where we differ from Linux on purpose: why, and what is to happen instead."""
+    access = flags & os.O_ACCMODE
+    untouched = OLD if exists else None
+    if access == os.O_RDONLY and flags & os.O_TRUNC:
+        return "POSIX leaves it undefined, Linux truncates; rclone and we refuse", Outcome("EINVAL", contents=untouched)
+    if mode > CacheMode.OFF:
+        return None
+    is_made = not exists and bool(flags & os.O_CREAT)
+    if access == os.O_RDONLY and is_made:
+        return "a streamed file cannot be made by who reads it", Outcome("ENOENT", contents=None)
+    is_open = is_made or (exists and not (flags & os.O_CREAT and flags & os.O_EXCL))
+    if access == os.O_RDONLY or not is_open:
+        return None
+    if exists and not flags & os.O_TRUNC:
+        return "an object is replaced whole", Outcome("EPERM", contents=OLD)
+    if access == os.O_RDWR:
+        return "what is on its way to the store cannot be read", Outcome("", "EBADF", len(NEW), NEW)
+    return None
+
+
+@pytest.mark.parametrize("mode", CacheMode)
+@pytest.mark.parametrize("store", ["local", "s3"], indirect=True)
+def test_every_open_does_what_linux_does_but_for_what_the_table_names(
+    mode: CacheMode, store: Store, make_vfs: Callable[..., Any], tmp_path: Path
+) -> None:
+    both = itertools.product(enumerate(ALL_FLAGS), (True, False))
+    cases = [(f"{number}-{exists}", flags, exists) for (number, flags), exists in both]
+    real = tmp_path / "real"
+    real.mkdir()
+    for name, _, exists in cases:
+        if exists:
+            (real / name).write_bytes(OLD)
+            store.write(name, OLD)
+    options = {} if mode is CacheMode.OFF else {"cache_sync": "off", "write_back": 3600}
+    vfs = make_vfs(store, cache_mode=mode.name.lower(), cache_dir=str(tmp_path / "cache"), **options)
+    wrong = []
+    for name, flags, exists in cases:
+        expected = on_linux(real / name, flags)
+        known = difference(mode, flags, exists)
+        if known is not None:
+            assert known[1] != expected, f"no difference any more: {known[0]}"
+            expected = known[1]
+        got = on_vfs(vfs, name, flags)
+        if got != expected:
+            wrong.append((oct(flags), exists, got, expected))
+    assert not wrong
+
+
+@pytest.mark.parametrize("mode", [CacheMode.WRITES, CacheMode.FULL])
+def test_what_an_open_left_behind_reaches_the_store(
+    mode: CacheMode, s3_store: Store, make_vfs: Callable[..., Any], tmp_path: Path
+) -> None:
+    flags = [os.O_WRONLY, os.O_RDWR | os.O_APPEND, os.O_WRONLY | os.O_TRUNC, os.O_RDONLY | os.O_CREAT]
+    vfs = make_vfs(s3_store, cache_mode=mode.name.lower(), cache_dir=str(tmp_path / "cache"), write_back=3600)
+    for number, each in enumerate(flags):
+        for name in (f"old-{number}", f"new-{number}"):
+            if name.startswith("old"):
+                s3_store.write(name, OLD)
+            on_vfs(vfs, name, each | os.O_CREAT)
+    vfs.sync()
+    stored = {name: s3_store.read(name) for name in s3_store.list()}
+    assert stored == {
+        "new-0": NEW, "new-1": NEW, "new-2": NEW, "new-3": b"",
+        "old-0": NEW + OLD[len(NEW) :], "old-1": OLD + NEW, "old-2": NEW, "old-3": OLD,
+    }  # fmt: skip

@@ -12,7 +12,12 @@ differ:
 - Mode minimal streams what is written to a new or truncated file with O_APPEND, too (rclone: through the cache), and
   takes a write to an existing file without O_TRUNC through the cache, whole (rclone: EPERM): APPE and STOR after REST
   need it.
-- rclone reads and writes a file that is in its cache through the cache, whatever the mode; who opens decides that here.
+- What is dirty is read through the cache in every mode, since the store does not have it yet. What is merely cached is
+  read from there in mode full alone (rclone: whatever the mode).
+
+From mode minimal on, all that a read, a write and the close do is then what Linux does for the same flags, but for
+O_RDONLY with O_TRUNC, which POSIX leaves undefined: rclone and we refuse it. `tests/test_openmode.py` opens every
+combination beside a real file and has the differences in one table.
 """
 
 from __future__ import annotations
