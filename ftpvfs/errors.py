@@ -11,6 +11,11 @@ import os
 # macOS has no ENOTSUP/EOPNOTSUPP distinction and some systems lack EREMOTEIO: one name each for what we mean.
 EUNSUPPORTED = errno.EOPNOTSUPP
 ECHANGED = errno.ESTALE
+# What keeps a store from answering; what is cached is as good as an answer then.
+AWAY = frozenset({
+    errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EBUSY,
+    errno.EIO,
+})  # fmt: skip
 
 
 def failure(code: int, path: str, reason: str | None = None) -> OSError:

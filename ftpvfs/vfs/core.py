@@ -24,7 +24,7 @@ from ftpvfs.config import VFSOptions
 from ftpvfs.coordination.feed import ChangeFeed
 from ftpvfs.coordination.folders import private_folder, unusable
 from ftpvfs.coordination.locks import PathLocks, ThreadLocks
-from ftpvfs.errors import failure
+from ftpvfs.errors import AWAY, failure
 from ftpvfs.memory import MemoryBudget
 from ftpvfs.vfs.dircache import DirCache
 from ftpvfs.vfs.pending import Pending, local_entry
@@ -32,13 +32,6 @@ from ftpvfs.vfs.times import Times
 from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
-
-
-# What keeps a store from answering; what is cached is served then.
-AWAY = frozenset({
-    errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EBUSY,
-    errno.EIO,
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +68,7 @@ class Core:
             fold_case=options.case_insensitive,
             fold_unicode=not options.no_unicode_normalization,
             answers_at_once=self.backend.capability.answers_at_once,
+            serves_old=options.cache_mode != "off",
             clock=clock,
             feed=self.feed,
         )
@@ -151,7 +145,7 @@ class Core:
         )
         cache.start()
         writeback.start()
-        return CacheParts(cache, downloads, writeback, Pending(cache, writeback, self.changed))
+        return CacheParts(cache, downloads, writeback, Pending(cache, writeback, self._locks, self.changed))
 
     @property
     def is_open(self) -> bool:
@@ -236,6 +230,12 @@ class Core:
     def pending(self) -> Pending | None:
         """What the store does not have yet; None in mode off, where there is no such thing."""
         return self.parts.pending if self.parts is not None else None
+
+    def renaming_below(self, source: str, target: str) -> contextlib.AbstractContextManager[set[str]]:
+        """Rename what is dirty below a folder while the store renames the folder; yields the new paths."""
+        if self.pending is None:
+            return contextlib.nullcontext(set())
+        return self.pending.renaming_below(source, target)
 
     def replaced(self, path: str) -> None:
         """The store has something at the path that is newer than whatever is cached of it."""

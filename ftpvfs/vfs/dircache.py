@@ -24,7 +24,7 @@ from ftpvfs import paths
 from ftpvfs.backend.backend import Entry
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
 from ftpvfs.coordination.feed import Change, ChangeFeed
-from ftpvfs.errors import failure
+from ftpvfs.errors import AWAY, failure
 from ftpvfs.waiting import Job, Wait, about_to_wait, current_job, shared_result_of, working_for
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,7 @@ class DirCache:
         fold_case: bool = False,
         fold_unicode: bool = True,
         answers_at_once: bool = False,
+        serves_old: bool = False,
         clock: Clock = SYSTEM_CLOCK,
         feed: ChangeFeed | None = None,
     ) -> None:
@@ -140,6 +141,7 @@ class DirCache:
         self._fold_case = fold_case
         self._fold_unicode = fold_unicode
         self._answers_at_once = answers_at_once
+        self._serves_old = serves_old
         self._clock = clock
         self._feed = feed
         self._lock = threading.Lock()
@@ -163,7 +165,21 @@ class DirCache:
                 if folder.missing:
                     raise failure(errno.ENOENT, path)
                 return self._listing_locked(folder)
-        return self._once("list", path, self._read_folder, fresh=fresh)  # type: ignore[no-any-return]
+        try:
+            return self._once("list", path, self._read_folder, fresh=fresh)  # type: ignore[no-any-return]
+        except OSError as error:
+            old = None if fresh or error.errno not in AWAY else self._old_listing(path)
+            if old is None:
+                raise
+            logger.info("%r is shown as it was: %s", path, error)
+            return old
+
+    def _old_listing(self, path: str) -> Listing | None:
+        """Return what was last known of a folder, where that is better than nothing."""
+        with self._lock:
+            folder = self._folders.get(path)
+            is_known = self._serves_old and folder is not None and folder.entries is not None
+            return self._listing_locked(folder) if is_known else None  # type: ignore[arg-type]
 
     def reread(self, path: str) -> None:
         """Ask the store for the folder again; unlike `listing` this does not count as a use of it. Raises ENOENT."""
@@ -176,7 +192,7 @@ class DirCache:
             return Entry("", is_dir=True)
         known, entry = self._known(parent, name)
         if not known:
-            entry = self._ask(parent, name)
+            entry = self._ask_or_remember(parent, name)
         if entry is None:
             raise failure(errno.ENOENT, path)
         return entry
@@ -222,6 +238,16 @@ class DirCache:
                 return True, entry
             listing = self._listing_locked(folder)
         return True, listing.find(name, self._fold)
+
+    def _ask_or_remember(self, parent: str, name: str) -> Entry | None:
+        try:
+            return self._ask(parent, name)
+        except OSError as error:
+            old = self._old_listing(parent) if error.errno in AWAY else None
+            entry = None if old is None else old.entries.get(name)
+            if entry is None:
+                raise
+            return entry
 
     def _ask(self, parent: str, name: str) -> Entry | None:
         if self._folds(name) or self._listing_pays(parent):

@@ -6,15 +6,20 @@ are made in the records, durably, and write-back follows; nothing in here waits 
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from ftpvfs import paths
 from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.records import DirtyRecord
 from ftpvfs.cache.writeback import WriteBack
+from ftpvfs.coordination.locks import PathLocks
 from ftpvfs.errors import failure
+
+# Dirty files that a folder's rename takes along; each is held twice, by a descriptor. A guess.
+MOST_HELD = 200
 
 Changed = Callable[[str, Entry | None], None]
 
@@ -28,9 +33,10 @@ def local_entry(record: DirtyRecord) -> Entry:
 class Pending:
     """The dirty paths of one store. Any thread; `changed(path, entry)` tells the directory cache."""
 
-    def __init__(self, cache: Cache, writeback: WriteBack, changed: Changed) -> None:
+    def __init__(self, cache: Cache, writeback: WriteBack, locks: PathLocks, changed: Changed) -> None:
         self._cache = cache
         self._writeback = writeback
+        self._locks = locks
         self._changed = changed
 
     # --- laid over the store's answers
@@ -91,10 +97,29 @@ class Pending:
         self._writeback.notify()
         return True
 
-    def rename_below(self, source: str, target: str) -> None:
-        """Rename all dirty files below a folder whose objects the store is about to rename."""
-        self._cache.rename_below(source, target)
+    @contextlib.contextmanager
+    def renaming_below(self, source: str, target: str) -> Iterator[set[str]]:
+        """Rename all dirty files below a folder, before the store renames it; back where that raises.
+
+        Yields their new paths. Write-back leaves the old and the new ones alone meanwhile: what it sent under either
+        could be overtaken by the store's own rename.
+        """
+        moves = {path: paths.rebase(path, source, target) for path in self._few_below(source)}
+        with self._locks.hold(*moves, *moves.values()):
+            self._cache.rename_below(source, target)
+            try:
+                yield set(moves.values())
+            except OSError:
+                self._cache.rename_below(target, source)
+                raise
         self._writeback.notify()
+
+    def _few_below(self, folder: str) -> list[str]:
+        """Return the dirty paths below a folder; where they are too many to be held, the others are stored first."""
+        names = [record.path for record in self._cache.dirty_below(folder)]
+        for path in names[MOST_HELD:]:
+            self._writeback.upload_now(path)
+        return names[:MOST_HELD]
 
     def replaced(self, path: str) -> None:
         """The store has something at the path that is newer than what was on its way there."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 
@@ -26,8 +26,11 @@ def move_tree(
     limit: int,
     workers: int,
     copied: Callable[[list[Move]], None] = lambda _: None,
+    leave_out: Collection[str] = (),
 ) -> int:
     """Move all objects below `source` to `target`; return how many. `copied` is told of the copies before any delete.
+
+    Those whose new paths are in `leave_out` are deleted without being copied.
 
     Raises EFBIG, with nothing touched, for more than `limit` objects; else the OSError of the store with the state
     left.
@@ -38,7 +41,8 @@ def move_tree(
     try:
         if backend.capability.real_directories:
             _copy_folders(backend, source, target)
-        _copy_all(backend, found, source, target, begun, copies, workers)
+        wanted = [each for each in found if paths.rebase(each[0], source, target) not in leave_out]
+        _copy_all(backend, wanted, source, target, begun, copies, workers)
         copied(copies)
     except OSError as error:
         state = "nothing was renamed" + _take_back(backend, begun, target)

@@ -22,8 +22,8 @@ from ftpvfs.backend.backend import Entry, display_url
 from ftpvfs.cache.records import PartialRecord
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
 from ftpvfs.config import VFSOptions, vfs_options
-from ftpvfs.errors import EUNSUPPORTED, failure
-from ftpvfs.vfs.core import AWAY, Core
+from ftpvfs.errors import AWAY, EUNSUPPORTED, failure
+from ftpvfs.vfs.core import Core
 from ftpvfs.vfs.dircache import Listing
 from ftpvfs.vfs.handle import Handle
 from ftpvfs.vfs.opening import Opening, Request
@@ -296,7 +296,7 @@ class VFS:
         kind = handle_kind(
             self._mode, flags, path, exists=entry is not None or partial is not None, is_dirty=self._is_dirty(path)
         )
-        if kind is not HandleKind.READ:
+        if entry is None:
             self._check_parent(path, is_known=is_known)
         self.core.count["writes" if is_written else "reads"] += 1
         request = Request(path, name or path, flags, entry, is_known, user, autocommit, partial)
@@ -472,17 +472,14 @@ class VFS:
     def _rename_folder(self, source: str, target: str, *, replaces: bool) -> None:
         core = self.core
         core.settle(target)
-        if core.pending is not None:
-            core.pending.rename_below(source, target)
         try:
-            if core.backend.capability.renames_directories:
-                core.backend.rename(source, target)
-                core.times.folder_renamed(source, target)
-            else:
-                self._move_tree(source, target)
+            with core.renaming_below(source, target) as dirty:
+                if core.backend.capability.renames_directories:
+                    core.backend.rename(source, target)
+                    core.times.folder_renamed(source, target)
+                else:
+                    self._move_tree(source, target, dirty)
         except OSError:
-            if core.pending is not None:
-                core.pending.rename_below(target, source)
             for path in (source, target):
                 core.dirs.doubt(path)
             if replaces and not core.is_there(target):  # its marker went with the copies that were taken back
@@ -494,12 +491,14 @@ class VFS:
         if core.backend.capability.renames_directories or not core.is_there(source):
             core.dirs.changed(source, None)
 
-    def _move_tree(self, source: str, target: str) -> None:
+    def _move_tree(self, source: str, target: str, dirty: set[str]) -> None:
+        """Copy and delete all objects; those that are `dirty` under their new names are only deleted."""
         core = self.core
         move_tree(
             core.backend,
             source,
             target,
+            leave_out=dirty,
             limit=self.options.max_rename_objects,
             workers=self.options.checkers,
             copied=core.times.moved,

@@ -1,0 +1,324 @@
+"""A VFS over the disk cache: what is dirty is there for everybody, the store follows, and what is here outlives it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Store, wait_until
+
+WAITS = 30.0
+HELD = "1h"  # as --vfs-write-back: nothing gets to the store unless it is asked for
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path) -> str:
+    return str(tmp_path / "cache")
+
+
+@pytest.fixture
+def make(make_vfs: Callable[..., Any], cache_dir: str) -> Callable[..., Any]:
+    def made(store: Store, mode: str = "writes", **options: Any) -> Any:
+        options = {"write_back": HELD, "low_level_retries": 2, **options}
+        return make_vfs(store, cache_mode=mode, cache_dir=cache_dir, **options)
+
+    return made
+
+
+def put(vfs: Any, path: str, data: bytes, **arguments: Any) -> None:
+    with vfs.open(path, "wb", **arguments) as file:
+        file.write(data)
+
+
+def get(vfs: Any, path: str) -> bytes:
+    with vfs.open(path) as file:
+        data: bytes = file.read()
+    return data
+
+
+two_stores = pytest.mark.parametrize("store", ["local", "s3"], indirect=True)
+
+
+# --- what is dirty is there
+
+
+@two_stores
+@pytest.mark.parametrize("mode", ["writes", "full"])
+def test_what_is_dirty_is_shown_read_and_changed_before_the_store_has_it(
+    store: Store, make: Callable[..., Any], mode: str
+) -> None:
+    store.write("both", b"old")
+    vfs = make(store, mode)
+    put(vfs, "both", b"new and longer")
+    put(vfs, "here", b"0123456789")
+    with vfs.open("here", "r+b") as file:
+        file.seek(4)
+        file.write(b"XY")
+    with vfs.open("here", "ab") as file:
+        file.write(b"end")
+    vfs.truncate("here", 12)
+    vfs.utime("here", (0, 1_600_000_000))
+    assert vfs.listdir() == ["both", "here"]
+    assert [entry.stat().st_size for entry in vfs.scandir()] == [14, 12]
+    assert vfs.stat("here").st_mtime == 1_600_000_000
+    assert get(vfs, "here") == b"0123XY6789en"
+    assert store.list() == {"both"}
+    assert store.read("both") == b"old"
+    assert {row["path"] for row in vfs.queue()} == {"both", "here"}
+    vfs.sync(WAITS)
+    assert vfs.queue() == []
+    assert store.list() == {"both", "here"}
+    assert store.read("here") == b"0123XY6789en"
+    assert store.mtime("here") == 1_600_000_000
+    assert get(vfs, "both") == b"new and longer"
+
+
+@two_stores
+def test_a_reader_of_a_dirty_file_keeps_its_version(store: Store, make: Callable[..., Any]) -> None:
+    vfs = make(store)
+    put(vfs, "a", b"first")
+    with vfs.open("a") as reader:
+        assert reader.read(2) == b"fi"
+        put(vfs, "a", b"SECOND")
+        vfs.sync(WAITS)
+        assert reader.read() == b"rst"
+    assert get(vfs, "a") == b"SECOND"
+
+
+@two_stores
+def test_a_file_deleted_before_it_is_stored_never_gets_there(store: Store, make: Callable[..., Any]) -> None:
+    store.write("old", b"old")
+    vfs = make(store)
+    put(vfs, "old", b"new")
+    put(vfs, "never", b"x")
+    vfs.remove("old")
+    vfs.remove("never")
+    assert vfs.listdir() == []
+    with pytest.raises(FileNotFoundError):
+        vfs.remove("never")
+    with pytest.raises(FileNotFoundError):
+        vfs.open("old")
+    vfs.sync(WAITS)
+    assert store.list() == set()
+
+
+@two_stores
+def test_a_folder_is_renamed_with_what_is_dirty_stored_and_deleted_in_it(
+    store: Store, make: Callable[..., Any]
+) -> None:
+    for key in ("old/stored", "old/changed", "old/deleted", "old/sub/deep"):
+        store.write(key, b"at the store")
+    vfs = make(store)
+    put(vfs, "old/changed", b"changed here")
+    put(vfs, "old/deleted", b"x")
+    vfs.remove("old/deleted")
+    put(vfs, "old/sub/new", b"new here")
+    vfs.rename("old", "new")
+    assert vfs.listdir() == ["new"]
+    assert vfs.listdir("new") == ["changed", "stored", "sub"]
+    assert vfs.listdir("new/sub") == ["deep", "new"]
+    assert get(vfs, "new/changed") == b"changed here"
+    vfs.sync(WAITS)
+    files = {key for key in store.list() if not key.endswith("/")}
+    assert files == {"new/changed", "new/stored", "new/sub/deep", "new/sub/new"}
+    assert store.read("new/changed") == b"changed here"
+    assert not vfs.exists("old")
+
+
+@two_stores
+def test_a_stored_file_renamed_over_one_that_waits_replaces_it(store: Store, make: Callable[..., Any]) -> None:
+    store.write("stored", b"stored")
+    vfs = make(store)
+    put(vfs, "waits", b"waits")
+    vfs.rename("stored", "waits")
+    assert get(vfs, "waits") == b"stored"
+    vfs.sync(WAITS)
+    assert store.list() == {"waits"}
+    assert store.read("waits") == b"stored"
+
+
+@two_stores
+def test_a_folder_takes_the_name_of_a_file_that_was_just_deleted(store: Store, make: Callable[..., Any]) -> None:
+    store.write("name", b"file")
+    vfs = make(store)
+    put(vfs, "name", b"again")
+    vfs.remove("name")
+    vfs.mkdir("name")
+    put(vfs, "name/inside", b"x")
+    vfs.sync(WAITS)
+    assert "name/inside" in store.list()
+    vfs.remove("name/inside")
+    vfs.rmdir("name")
+    assert vfs.listdir() == []
+
+
+# --- what a positive reply means
+
+
+@two_stores
+@pytest.mark.parametrize(("mode", "ack"), [("minimal", "cache"), ("writes", "store"), ("full", "store")])
+def test_where_a_reply_waits_for_the_store_it_has_the_file(
+    store: Store, make: Callable[..., Any], mode: str, ack: str
+) -> None:
+    vfs = make(store, mode, ack=ack)
+    put(vfs, "a", b"x" * 20_000_000)
+    assert store.read("a") == b"x" * 20_000_000
+    with vfs.open("a", "r+b") as file:
+        file.write(b"changed")
+    assert store.read("a")[:9] == b"changedxx"
+    assert vfs.queue() == []
+    assert store.uploads() == set()
+    assert get(vfs, "a")[:9] == b"changedxx"
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_an_upload_that_fails_while_it_is_sent_is_sent_again_from_the_cache(
+    store: Store, make: Callable[..., Any], make_proxy: Callable[..., Any]
+) -> None:
+    proxy = make_proxy(store)
+    vfs = make(store.proxied(proxy), "writes", ack="store", low_level_retries=1)
+    proxy.fail_next(method="PUT")
+    put(vfs, "a", b"x" * 20_000_000)
+    assert store.read("a") == b"x" * 20_000_000
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_store_that_refuses_is_told_to_who_waits_for_it_and_the_old_file_stays(
+    store: Store, make: Callable[..., Any], make_proxy: Callable[..., Any]
+) -> None:
+    store.write("a", b"old")
+    proxy = make_proxy(store)
+    vfs = make(store.proxied(proxy), "writes", ack="store", low_level_retries=1)
+    assert vfs.stat("a").st_size == 3
+    file = vfs.open("a", "wb", autocommit=False, user="alice")
+    file.write(b"new bytes")
+    proxy.refuse = True
+    with pytest.raises(OSError, match="store") as caught:
+        file.commit()
+    file.close()
+    assert caught.value.errno not in {None, errno.ENOENT}
+    proxy.heal()
+    assert store.read("a") == b"old"
+    assert vfs.queue() == []
+    kept = vfs.partial("a", "alice")
+    assert kept is not None
+    assert kept.size == 9
+    assert vfs.partial("a", "mallory") is None
+
+
+# --- a store that is away
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_store_that_is_away_keeps_nobody_from_handing_in_files_or_reading_what_is_here(
+    store: Store, make: Callable[..., Any], make_proxy: Callable[..., Any]
+) -> None:
+    store.write("folder/stored", b"stored")
+    proxy = make_proxy(store)
+    vfs = make(store.proxied(proxy), "full", low_level_retries=1, dir_cache_time="0s")
+    assert get(vfs, "folder/stored") == b"stored"
+    assert vfs.listdir("folder") == ["stored"]
+    proxy.refuse = True
+    put(vfs, "folder/new", b"new")
+    put(vfs, "other", b"other")
+    assert get(vfs, "folder/stored") == b"stored"
+    assert get(vfs, "folder/new") == b"new"
+    assert vfs.listdir("folder") == ["new", "stored"]
+    assert store.list() == {"folder/stored"}
+    proxy.heal()
+    vfs.sync(WAITS)
+    assert store.list() == {"folder/stored", "folder/new", "other"}
+
+
+# --- other processes, and the next start
+
+
+@two_stores
+def test_two_on_one_cache_see_what_is_dirty_at_once(store: Store, make: Callable[..., Any]) -> None:
+    one, other = make(store), make(store)
+    assert other.listdir() == []
+    put(one, "a", b"one's")
+    assert other.listdir() == ["a"]
+    assert get(other, "a") == b"one's"
+    other.rename("a", "b")
+    assert one.listdir() == ["b"]
+    put(other, "b", b"other's")
+    assert get(one, "b") == b"other's"
+    one.remove("b")
+    assert not other.exists("b")
+    put(one, "c", b"c")
+    other.sync(WAITS)
+    assert store.list() == {"c"}
+    assert one.queue() == []
+
+
+@two_stores
+def test_what_waits_when_a_vfs_is_closed_is_there_at_the_next_start_and_gets_to_the_store(
+    store: Store, make: Callable[..., Any]
+) -> None:
+    store.write("deleted", b"x")
+    vfs = make(store)
+    put(vfs, "a", b"waits")
+    vfs.utime("a", (0, 1_500_000_000))
+    put(vfs, "deleted", b"y")
+    vfs.remove("deleted")
+    assert vfs.stop() == 2
+    vfs.close()
+    assert store.list() == {"deleted"}
+
+    vfs = make(store)
+    assert vfs.listdir() == ["a"]
+    assert vfs.stat("a").st_size == 5
+    assert vfs.stat("a").st_mtime == 1_500_000_000
+    assert get(vfs, "a") == b"waits"
+    assert vfs.stop(WAITS) == 0
+    assert store.list() == {"a"}
+    assert store.mtime("a") == 1_500_000_000
+
+
+@two_stores
+def test_write_back_stores_after_the_rest_that_is_asked_for(store: Store, make: Callable[..., Any]) -> None:
+    vfs = make(store, write_back="0s")
+    put(vfs, "a", b"soon")
+    wait_until(lambda: store.list() == {"a"})
+    wait_until(lambda: vfs.queue() == [])
+
+
+# --- in full
+
+
+@two_stores
+def test_in_full_a_file_is_fetched_once_and_changes_at_the_store_are_seen(
+    store: Store, make: Callable[..., Any]
+) -> None:
+    data = os.urandom(3_000_000)
+    store.write("a", data)
+    vfs = make(store, "full", dir_cache_time="0s")
+    assert get(vfs, "a") == data
+    fetched = vfs.stats()["downloads"]["bytes"]
+    assert fetched == len(data)
+    assert get(vfs, "a") == data
+    assert vfs.stats()["downloads"]["bytes"] == fetched
+    store.write("a", b"changed by others")
+    assert get(vfs, "a") == b"changed by others"
+
+
+@two_stores
+def test_in_full_what_was_uploaded_is_read_without_asking_for_its_bytes(
+    store: Store, make: Callable[..., Any]
+) -> None:
+    vfs = make(store, "full")
+    put(vfs, "a", b"x" * 1_000_000)
+    vfs.sync(WAITS)
+    assert get(vfs, "a") == b"x" * 1_000_000
+    assert vfs.stats()["downloads"].get("bytes", 0) == 0
+
+
+def test_a_store_of_the_process_alone_has_no_cache(memory_store: Store, make: Callable[..., Any]) -> None:
+    with pytest.raises(OSError, match="--vfs-cache-mode must be off"):
+        make(memory_store).start()
