@@ -21,6 +21,7 @@ from ftpvfs.server.auth_proxy import ProxyAuthorizer
 from ftpvfs.server.handler import TLS_VFSHandler, VFSHandler
 from ftpvfs.server.throttle import Rates
 from ftpvfs.server.tls import Certificates
+from ftpvfs.server.transfer import TLS_VFSDTPHandler, VFSDTPHandler
 from ftpvfs.vfs.vfs import VFS
 
 logger = logging.getLogger(__name__)
@@ -93,11 +94,15 @@ class Assembly:
             "authorizer": self.authorizer,
             "rates": self._rates,
             "passive_ports": server.passive_port,
-            "masquerade_address": _public_ip(self.config),
+            "public_ip": server.public_ip,
+            "timeout": server.idle_timeout,
+            "max_login_attempts": server.max_login_attempts,
         }
         if listener not in self._certificates:
-            return type("Handler", (VFSHandler,), attributes)
+            data = type("DTPHandler", (VFSDTPHandler,), {"timeout": server.transfer_timeout})
+            return type("Handler", (VFSHandler,), {"dtp_handler": data, **attributes})
         attributes |= {
+            "dtp_handler": type("TLSDTPHandler", (TLS_VFSDTPHandler,), {"timeout": server.transfer_timeout}),
             "certificates": self._certificates[listener],
             "tls_mode": tls.mode,
             "tls_require_reuse": tls.require_reuse,
@@ -177,13 +182,6 @@ def check(config: Config) -> list[ConfigError]:
     except (OSError, ValueError, ImportError) as error:
         return [ConfigError(str(error))]
     return []
-
-
-def _public_ip(config: Config) -> str | None:
-    host, networks = config.server.public_ip
-    if networks or (host and not host.replace(".", "").isdigit()):
-        raise ConfigError("--public-ip: host names and networks are not available yet")
-    return host or None
 
 
 def _authorizer_class(config: Config) -> Any:

@@ -1,56 +1,26 @@
-"""The command line: builds the object graph from the options, runs it, and ends it cleanly.
+"""The command line: what each command does, the log, and the one line of what is wrong.
 
-The address is taken first and the store asked second, so that an unreachable store delays nothing but what
-needs it. Exit status: 0 after SIGTERM or SIGINT, 1 where the store or the address refuses, 2 for a mistake in
-the configuration. Runs in the main thread, because signals arrive there.
+Exit status: 0 after SIGTERM or SIGINT, 1 where the store or the address refuses, 2 for a mistake in the configuration.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import getpass
 import logging
 import logging.handlers
 import os
-import signal
-import socket
 import sys
-import threading
-import types
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
-from functools import partial
 
 from ftpvfs import __version__, cachecmd
-from ftpvfs.assembly import Assembly, check, let_in_with_any_password, warnings
+from ftpvfs.assembly import check
 from ftpvfs.authorizer import hash_password
-from ftpvfs.config import (
-    Address,
-    Config,
-    ConfigError,
-    Listener,
-    LogOptions,
-    check_file,
-    format_address,
-    help_text,
-    load,
-)
-from ftpvfs.server.loop import Loop
-from ftpvfs.server.server import VFSServer
-from ftpvfs.vfs.vfs import VFS
+from ftpvfs.config import Config, ConfigError, LogOptions, check_file, help_text, load
+from ftpvfs.launch import StartError, reason, serve
 
-STORE_WAIT = 5.0  # seconds; how long the start waits for the store's first answer
-BACKLOG = 100  # pyftpdlib's
 LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "NOTICE": logging.WARNING, "ERROR": logging.ERROR}
-# What time does not mend. Every other errno may be the network's; the store is asked again when it is needed.
-FATAL = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EINVAL}
 
 logger = logging.getLogger("ftpvfs")
-
-
-class StartError(Exception):
-    """Why serving cannot start, in one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +69,7 @@ def _cache(config: Config) -> int:
     try:
         return cachecmd.run(config)
     except (OSError, ValueError, ImportError) as error:
-        raise StartError(_reason(error)) from error
+        raise StartError(reason(error)) from error
 
 
 def _new_password() -> str:
@@ -117,20 +87,8 @@ def _new_password() -> str:
 
 def _serve(config: Config) -> int:
     _log_to(config.log)
-    assembly = _assemble(config)
-    for warning in [*config.warnings, *warnings(config)]:
-        logger.warning("%s", warning)
-    try:
-        signal.signal(signal.SIGTERM, _stop)
-        signal.signal(signal.SIGINT, _stop)
-        with contextlib.ExitStack() as open_ones:
-            listeners = [(each, open_ones.enter_context(_listen(each.addr))) for each in config.listeners]
-            open_ones.callback(assembly.close)
-            signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=_read_again, args=(assembly,)).start())
-            _contact_stores(assembly)
-            _run(assembly, listeners)
-    except KeyboardInterrupt:
-        logger.info("stopped by a signal")
+    serve(config)
+    logger.info("stopped by a signal")
     return 0
 
 
@@ -146,20 +104,7 @@ COMMANDS = {
 }
 
 
-# --- signals and the log --------------------------------------------------------------------------
-
-
-def _stop(number: int, frame: types.FrameType | None) -> None:
-    """End the main loop; a second signal ends the process at once, should the first way out be blocked."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise KeyboardInterrupt
-
-
-def _read_again(assembly: Assembly) -> None:
-    assembly.reload()
-    assembly.forget()
-    logger.info("all cached listings forgotten")
+# --- the log
 
 
 class _LogFormatter(logging.Formatter):
@@ -187,120 +132,3 @@ def _log_to(options: LogOptions) -> None:
     logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
     for name in ("ftpvfs", "pyftpdlib"):
         logging.getLogger(name).setLevel(level)
-
-
-# --- the server -----------------------------------------------------------------------------------
-
-
-def _listen(address: Address) -> socket.socket:
-    """A listening socket. No host means every interface, both IPv4 and IPv6; a name prefers its IPv4 address,
-    because clients that know PASV alone need one.
-    """
-    host, port = address
-    try:
-        if not host and socket.has_dualstack_ipv6():
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
-            )
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, *_, where = min(found, key=lambda each: each[0] != socket.AF_INET)
-        return socket.create_server(where, family=family, backlog=BACKLOG)
-    except OSError as error:
-        number = error.errno or 0  # negative: getaddrinfo's
-        reason = os.strerror(number) if number > 0 else error.strerror
-        raise StartError(f"cannot listen on {format_address(address)}: {reason}") from error
-
-
-def _assemble(config: Config) -> Assembly:
-    try:
-        return Assembly(config)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise StartError(_reason(error)) from error
-
-
-def _contact_stores(assembly: Assembly) -> None:
-    """Ask the stores whether they are there and let us in, and wait a little for the answers.
-
-    StartError where the common one says no. An answer of a user's own store, or one that does not come or comes too
-    late, is only logged.
-    """
-    answers = {vfs: _ask(vfs) for vfs in assembly.vfses}
-    wait(answers.values(), STORE_WAIT)
-    for vfs, answer in answers.items():
-        if not answer.done():
-            logger.warning("%s: no answer for %g s yet; serving all the same", vfs.name, STORE_WAIT)
-            answer.add_done_callback(partial(_log_late_refusal, vfs))
-            continue
-        error = answer.exception()
-        if error and vfs is assembly.vfs and (not isinstance(error, OSError) or error.errno in FATAL):
-            raise StartError(_reason(error)) from error
-        _log_refusal(vfs, error)
-
-
-def _ask(vfs: VFS) -> Future[None]:
-    answer: Future[None] = Future()
-
-    def ask() -> None:
-        try:
-            vfs.start()
-        except Exception as error:  # noqa: BLE001 - raised or logged by whoever takes the answer
-            answer.set_exception(error)
-        else:
-            answer.set_result(None)
-
-    threading.Thread(target=ask, name="start", daemon=True).start()
-    return answer
-
-
-def _log_late_refusal(vfs: VFS, answer: Future[None]) -> None:
-    _log_refusal(vfs, answer.exception())
-
-
-def _log_refusal(vfs: VFS, error: BaseException | None) -> None:
-    if error:
-        logger.warning("%s: %s; it is asked again when it is needed", vfs.name, _reason(error))
-
-
-def _reason(error: BaseException) -> str:
-    """What the error says, without Python's notation."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if isinstance(error, (OSError, ValueError, ImportError)):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
-
-
-def _run(assembly: Assembly, listeners: Sequence[tuple[Listener, socket.socket]]) -> None:
-    """Serve until a signal ends it."""
-    loop = Loop()
-    servers = [VFSServer(sock, assembly.handler(listener), ioloop=loop) for listener, sock in listeners]
-    for listener, sock in listeners:
-        address = Address(*sock.getsockname()[:2])
-        warning = open_to_all(assembly.config, address)
-        if warning:
-            logger.warning("%s", warning)
-        print(_greeting(assembly, listener, address), flush=True)
-    try:
-        servers[0].serve_forever(handle_exit=False)
-    finally:
-        servers[0].close_all()
-
-
-def _greeting(assembly: Assembly, listener: Listener, address: Address) -> str:
-    stores = ", ".join(vfs.name for vfs in assembly.vfses) or "the users' own stores"
-    scheme = "ftps" if listener.tls.mode == "implicit" else "ftp"
-    tls = "" if listener.tls.mode == "off" else f", TLS {listener.tls.mode}"
-    mode = assembly.config.vfs.cache_mode
-    return f"ftpvfs: serving {stores} at {scheme}://{format_address(address)} (cache mode {mode}{tls})"
-
-
-def open_to_all(config: Config, address: Address) -> str:
-    """The warning where any password is right and others than this machine can reach the server, else ""."""
-    users = let_in_with_any_password(config)
-    if not users or address.is_loopback:
-        return ""
-    may = "read" if config.vfs.read_only else "read, change and delete"
-    who = f"whoever reaches {format_address(address)} as {' or '.join(users)}"
-    return f"{who} may {may} everything: any password is right; --pass sets one"

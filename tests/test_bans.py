@@ -64,6 +64,15 @@ def test_failures_before_the_window_do_not_count(make_bans: Callable[..., Bans],
     assert not bans.is_banned("192.0.2.1")
 
 
+def test_without_a_time_it_is_for_ever(make_bans: Callable[..., Bans], clock: MovedClock) -> None:
+    bans = make_bans(window=None, time=None, after=2)
+    bans.failed("192.0.2.1")
+    clock.now += 1e9
+    assert bans.failed("192.0.2.1") is True
+    clock.now += 1e9
+    assert bans.is_banned("192.0.2.1")
+
+
 def test_an_address_can_be_forgiven(make_bans: Callable[..., Bans]) -> None:
     bans = make_bans(after=1)
     bans.failed("192.0.2.1")

@@ -22,16 +22,24 @@ LAYERS = [
     {"filesystem", "authorizer"},
     {"server", "rc"},
     {"assembly", "cachecmd"},
+    {"launch"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {layer: rank for rank, layers in enumerate([LEAVES, *LAYERS]) for layer in layers}
 # Beyond the rows: who alone may know a layer. The package's __init__ names what is public, no programs.
-KNOWN_TO = {"rc": {"cli"}, "assembly": {"cli"}, "cachecmd": {"cli"}, "cli": {"__main__"}, "__main__": set()}
+KNOWN_TO = {
+    "rc": {"cli"},
+    "assembly": {"launch", "cli"},
+    "cachecmd": {"cli"},
+    "launch": {"cli"},
+    "cli": {"__main__"},
+    "__main__": set(),
+}
 
 # Where each third-party module may be imported, as prefixes of module names; what is not here is a stray.
 HOMES: dict[str, set[str]] = {
-    "pyftpdlib": {"server", "filesystem", "authorizer", "cli"},
+    "pyftpdlib": {"server", "filesystem", "authorizer"},
     "OpenSSL": {"server"},
     "cryptography": {"server.tls"},
     "argon2": {"authorizer"},

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol
 import fsspec
 from fsspec.core import split_protocol
 
-from ftpvfs.backend.capability import Capability
+from ftpvfs.backend.capability import GENERIC, OBJECT_STORE, Capability
 from ftpvfs.backend.checksum import Checksum
 from ftpvfs.backend.errors import oserror, secrets_in, secrets_in_url, translate, without_secrets
 from ftpvfs.backend.retry import Retry
@@ -423,6 +423,16 @@ def open_backend(url: str, storage_options: Mapping[str, Any] | None = None, tun
     protocol = protocol_of(url)
     cls = _backend_class(protocol)
     return cls.from_url(url, dict(storage_options or {}), tuning or Tuning())  # type: ignore[attr-defined, no-any-return]
+
+
+def preload(url: str) -> None:
+    """Import what a URL's backend needs. Raises ImportError naming the package that is missing."""
+    _backend_class(protocol_of(url))
+
+
+def is_shared(url: str) -> bool:
+    """Tell whether all processes see the same store under the URL."""
+    return GENERIC.get(protocol_of(url), OBJECT_STORE).is_shared
 
 
 def protocol_of(url: str) -> str:

@@ -16,14 +16,15 @@ class Bans(Database):
     """Counts failures of each address and says who is refused. Any thread, any process; made after a fork.
 
     `after` failures in `window` seconds have an address refused for `time` seconds from the last of them. IPv6
-    addresses count as the network that one customer has. Survives a restart, but not a power cut to the last count.
+    addresses count as the network that one customer has. None is for ever. What is counted survives a restart, but not
+    a power cut to the last one.
     """
 
     what = "ban list"
     loss = "nobody is banned any more"
 
     def __init__(
-        self, folder: Path, *, after: int, window: float, time: float, clock: Clock = SYSTEM_CLOCK
+        self, folder: Path, *, after: int, window: float | None, time: float | None, clock: Clock = SYSTEM_CLOCK
     ) -> None:
         super().__init__(folder, durable=False)
         self._after = after
@@ -42,18 +43,19 @@ class Bans(Database):
 
         def count() -> bool:
             now = self._clock.time()
-            times = [at for at in self._read(f"failed:{key}") or () if now - self._window < at <= now]
+            begin = float("-inf") if self._window is None else now - self._window
+            times = [at for at in self._read(f"failed:{key}") or () if begin < at <= now]
             times.append(now)
             if len(times) < self._after:
                 self._write(f"failed:{key}", times, expire=self._window)
                 return False
             self._delete(f"failed:{key}")
-            self._write(f"ban:{key}", now + self._time, expire=self._time)
+            self._write(f"ban:{key}", float("inf") if self._time is None else now + self._time, expire=self._time)
             return True
 
         is_banned = self._atomically(count)
         if is_banned:
-            logger.warning("%s is refused for %g s: %d wrong passwords", ip, self._time, self._after)
+            logger.warning("%s is refused from now on: %d wrong passwords", ip, self._after)
         return is_banned
 
     def forgive(self, ip: str) -> None:

@@ -171,13 +171,12 @@ class ServerOptions:
         "Processes that serve; 1 is a single one",
         shown="the CPUs, at most 4",
         factory=_workers,
-        later=True,
     )
     drain_timeout: float | None = option(
-        "30s", DURATION, "Server", "Time that transfers get to finish when the server is stopped", later=True
+        "30s", DURATION, "Server", "Time that transfers get to finish when the server is stopped"
     )
     loop_slow_turn: float | None = option(
-        "off", DURATION, "Server", "Log what keeps the event loop for longer than this", later=True, hidden=True
+        "off", DURATION, "Server", "Log what keeps the event loop for longer than this", hidden=True
     )
     authorizer: str = option(
         "",
@@ -186,26 +185,20 @@ class ServerOptions:
         "A class of your own, derived from any of pyftpdlib's authorizers, decides who may log in",
     )
     auth_proxy: str = option("", TEXT, "Users", "A program to use to find the user's backend from name and password")
-    max_cons: int = option("512", COUNT, "Limits", "Most sessions at once; 0 is no limit", later=True)
-    max_cons_per_ip: int = option(
-        "0", COUNT, "Limits", "Most sessions at once from one address; 0 is no limit", later=True
-    )
-    max_login_attempts: int = option(
-        "3", POSITIVE, "Limits", "Wrong passwords after which a session is closed", later=True
-    )
+    max_cons: int = option("512", COUNT, "Limits", "Most sessions at once; 0 is no limit")
+    max_cons_per_ip: int = option("0", COUNT, "Limits", "Most sessions at once from one address; 0 is no limit")
+    max_login_attempts: int = option("3", POSITIVE, "Limits", "Wrong passwords after which a session is closed")
     ban_after: int = option(
-        "20", COUNT, "Limits", "Wrong passwords from one address after which it is refused; 0 is never", later=True
+        "20", COUNT, "Limits", "Wrong passwords from one address after which it is refused; 0 is never"
     )
-    ban_window: float = option("10m", DURATION, "Limits", "Time in which they have to come for that", later=True)
-    ban_time: float = option("10m", DURATION, "Limits", "Time for which an address is refused", later=True)
-    login_timeout: float | None = option(
-        "1m", DURATION, "Limits", "Time to log in, after which a session is closed", later=True
-    )
+    ban_window: float | None = option("10m", DURATION, "Limits", "Time in which they have to come for that")
+    ban_time: float | None = option("10m", DURATION, "Limits", "Time for which an address is refused")
+    login_timeout: float | None = option("1m", DURATION, "Limits", "Time to log in, after which a session is closed")
     idle_timeout: float | None = option(
-        "5m", DURATION, "Limits", "Time without a command, after which a session is closed", later=True
+        "5m", DURATION, "Limits", "Time without a command, after which a session is closed"
     )
     transfer_timeout: float | None = option(
-        "5m", DURATION, "Limits", "Time for which nothing moves, after which a transfer is ended", later=True
+        "5m", DURATION, "Limits", "Time for which nothing moves, after which a transfer is ended"
     )
     bwlimit: Bandwidth = option(
         "off",
@@ -218,7 +211,6 @@ class ServerOptions:
         NETWORKS,
         "Server",
         "Addresses and networks of load balancers that tell the client's own by PROXY protocol",
-        later=True,
     )
 
 

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 LEAD = 2
 MOMENT = 0.001
 LONGEST_MOMENT = 0.01
+BACKLOG = 1024  # connections that wait to be accepted; the system has a limit of its own
 # Bytes of commands that may wait before a client has logged in; more than one command's, or it could never end.
 MOST_PIPELINED = 4096
 # Commands that a client may send before it has logged in: FEAT, AUTH, and some tries.
@@ -138,7 +139,7 @@ class LimitedServer(VFSServer):
     def __init__(self, address_or_socket: Any, handler: type, door: Door, ioloop: Any = None) -> None:
         self.door = door
         self._was_left = False
-        super().__init__(address_or_socket, handler, ioloop)
+        super().__init__(address_or_socket, handler, ioloop, BACKLOG)
 
     def takes_next(self) -> bool:
         """Tell whether the next connection is for this process; else leave it to the others for a moment.

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from typing import Any
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import Entry, display_url
+from ftpvfs.backend.backend import Entry, display_url, is_shared, preload
 from ftpvfs.cache.records import PartialRecord
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
 from ftpvfs.config import VFSOptions, vfs_options
@@ -95,15 +95,34 @@ class VFS:
         pid = os.getpid()
         return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
 
-    def start(self) -> None:
-        """Contact the store; raise what is wrong with the bucket, the credentials, the folder or the protocol.
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes see the same store under this URL."""
+        return is_shared(self._url)
+
+    def preload(self) -> None:
+        """Import what the store needs, so that processes which are forked later share it. ImportError, ValueError."""
+        preload(self._url)
+
+    def prepare(self) -> None:
+        """Find out what is wrong as far as it can be known at once: no other machine is asked.
 
         ValueError for a protocol nobody knows, ImportError for one whose package is missing, else OSError.
         """
         core = self.core
-        core.backend.check()
         if core.keeps_folders or core.times.asks or core.times.keeps:
             _ = core.index  # a cache folder that cannot be used is told now and not to the first client
+        if core.backend.capability.answers_at_once:
+            core.backend.check()
+
+    def start(self) -> None:
+        """Contact the store; raise what is wrong with the bucket, the credentials, the folder or the protocol.
+
+        As `prepare` does, and waits for the store's answer.
+        """
+        core = self.core
+        core.backend.check()
+        self.prepare()
         if self.options.refresh:
             core.background("ftpvfs-refresh", lambda: self.refresh(recursive=True))
 
