@@ -454,7 +454,6 @@ def test_values_come_behind_a_space_or_an_equals_sign():
         (["--dir-cache"], ["unknown flag --dir-cache;", "--dir-cache-time"]),  # no abbreviations
         (["--pas=hunter2"], ["unknown flag --pas;", "--pass"]),
         (["-x"], ["unknown flag -x;"]),
-        (["--workers", "2"], ["--workers: not available yet"]),  # works in a later version
         (["--addr"], ["--addr: the value is missing"]),
         (["--addr", "--read-only"], ["--addr: the value is missing"]),
         (["--addr", "2121"], ["--addr: '2121' has no port", ":2121"]),
@@ -635,7 +634,6 @@ def test_json_in_the_backend_section_may_hold_comment_signs_and_span_lines(ini):
     ("text", "line", "words"),
     [
         ("[server]\nadr = :1\n", 2, ["adr in [server]", "unknown key", "nearest known one is addr"]),
-        ("[server]\nworkers = 2\n", 2, ["workers", "not available yet"]),
         ("[vfs]\nvfs_cache_mode = off\n", 2, ["vfs_cache_mode", "cache_mode"]),
         ("[server]\nread_only = true\n", 2, ["read_only belongs in [vfs]"]),
         ("[vfs]\nvfs_pass = x\n", 2, ["unknown key"]),

@@ -300,7 +300,8 @@ else:
 @pytest.fixture
 def proxied(launched: Any, tmp_path: Path) -> Any:
     (tmp_path / "users.py").write_text(PROGRAM)
-    return launched("--auth-proxy", f"{sys.executable} users.py", "-vv", cwd=tmp_path)
+    # Each worker asks for itself.
+    return launched("--auth-proxy", f"{sys.executable} users.py", "-vv", "--workers", "1", cwd=tmp_path)
 
 
 def test_a_program_says_who_has_which_store(proxied: Any, tmp_path: Path) -> None:
