@@ -194,6 +194,10 @@ class _Server:
         try:
             service.serve()
         finally:
+            for vfs in self._assembly.vfses:
+                left = vfs.stop(service.time_left())
+                if left:
+                    logger.warning("%s: %d files wait to be stored, which the next start goes on with", vfs.name, left)
             self._assembly.close()
 
     # --- in the process that serves

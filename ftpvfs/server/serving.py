@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ftpvfs.server.limits import Door, LimitedServer, Refusal
 from ftpvfs.server.loop import Loop
@@ -25,6 +25,8 @@ class Service:
         self.loop = Loop()
         self.door = door
         self._drain_timeout = drain_timeout
+        # When the time to drain is over; None: it has not begun, or there is no end to it.
+        self._deadline: float | None = None
         self._servers = [LimitedServer(sock, handler, door, self.loop) for sock, handler in listeners]
 
     def serve(self) -> None:
@@ -39,9 +41,11 @@ class Service:
         """Stop accepting, and have `serve` return once all have left or their time is over. Any thread, any signal."""
         self.loop.call_soon_threadsafe(self._drain)
 
-    def call(self, call: Callable[[], Any]) -> None:
-        """Have something done on the loop. Any thread, any signal."""
-        self.loop.call_soon_threadsafe(call)
+    def time_left(self) -> float | None:
+        """Return the seconds that are left of the time to drain; None where there is no limit."""
+        if self._drain_timeout is None:
+            return None
+        return 0.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def close(self) -> None:
         """End all sessions at once."""
@@ -61,6 +65,7 @@ class Service:
         for server in self._servers:
             server.close()
         if self._drain_timeout is not None:
+            self._deadline = time.monotonic() + self._drain_timeout
             self.loop.call_later(self._drain_timeout, self._give_up)
         self.loop.call_every(TICK, self._dismiss)
         self._dismiss()
