@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ftpvfs.config import ConfigError
 from tests.conftest import Store, wait_until
 
 WAITS = 30.0
@@ -322,3 +323,43 @@ def test_in_full_what_was_uploaded_is_read_without_asking_for_its_bytes(
 def test_a_store_of_the_process_alone_has_no_cache(memory_store: Store, make: Callable[..., Any]) -> None:
     with pytest.raises(OSError, match="--vfs-cache-mode must be off"):
         make(memory_store).start()
+
+
+@pytest.mark.parametrize("store", ["local"], indirect=True)
+@pytest.mark.parametrize(("mode", "ack"), [("minimal", "cache"), ("writes", "cache"), ("full", "store")])
+def test_a_program_hears_of_what_has_arrived_and_of_what_is_stored(
+    store: Store, make: Callable[..., Any], mode: str, ack: str
+) -> None:
+    received: list[dict[str, Any]] = []
+    stored: list[dict[str, Any]] = []
+    vfs = make(store, mode, ack=ack, on_received=received.append, on_stored=stored.append)
+    put(vfs, "a", b"12345", user="alice")
+    vfs.sync(WAITS)
+    wait_until(lambda: stored and received, timeout=WAITS)
+    for event in (received[0], stored[0]):
+        assert (event["path"], event["size"], event["user"]) == ("a", 5, "alice")
+    assert stored[0]["fingerprint"] is not None
+
+
+def test_events_of_a_cache_that_is_off_are_refused(local_store: Store, make: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="--vfs-cache-mode"):
+        make(local_store, "off", on_stored=print)
+
+
+def test_a_store_that_keeps_no_times_shows_those_that_files_were_given(
+    sftp_server: Any, make_vfs: Callable[..., Any], cache_dir: str
+) -> None:
+    def opened() -> Any:
+        url = f"sftp://127.0.0.1{sftp_server.root}"
+        return make_vfs(
+            Store("sftp", url, sftp_server.storage_options, "", None),
+            cache_mode="writes", cache_dir=cache_dir, write_back=HELD,
+        )  # fmt: skip
+
+    vfs = opened()
+    put(vfs, "a", b"x")
+    vfs.utime("a", (0, 1_400_000_000))
+    vfs.sync(WAITS)
+    assert vfs.stat("a").st_mtime == 1_400_000_000
+    vfs.close()
+    assert opened().stat("a").st_mtime == 1_400_000_000

@@ -128,6 +128,7 @@ class Storing:
     """Brings the store to what the cache wants of it, one path at a time. Any thread.
 
     `changed(path, entry)` says what the store has by now, `stored(record, path, entry)` that a file has got there.
+    `timed` returns the entry with the modification time that the file was given, where the store cannot keep one.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Storing:
         clock: Clock,
         changed: Callable[[str, Entry | None], None],
         stored: Callable[[DirtyRecord, str, Entry], None],
+        timed: Callable[[str, Entry, float], Entry],
     ) -> None:
         self._cache = cache
         self._backend = backend
@@ -149,6 +151,7 @@ class Storing:
         self._policy = policy
         self._clock = clock
         self._changed = changed
+        self._timed = timed
         self._stored = stored
         self._lock = threading.Lock()
         # Protected by _lock. When a request last ended without an answer, by path.
@@ -237,6 +240,7 @@ class Storing:
         return found is not None and found.is_dir
 
     def _is_stored(self, record: DirtyRecord, entry: Entry) -> Outcome:
+        entry = self._timed(record.path, entry, record.mtime)
         self._stored(record, record.path, entry)
         is_newest = self._cache.uploaded(record, entry)
         self._forget_sent(record.path)

@@ -49,7 +49,8 @@ LAST_PATIENCE = 5.0
 class WriteBack:
     """The write-back of one store, in one process. Any thread; made after a fork.
 
-    `changed(path, entry)` is called, with no lock held but the path's, when it is known what the store has by now.
+    `changed(path, entry)` is called, with no lock held but the path's, when it is known what the store has by now;
+    before that `timed(path, entry, mtime)`, where the store keeps no modification times, remembers a file's.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class WriteBack:
         locks: PathLocks,
         options: VFSOptions,
         changed: Callable[[str, Entry | None], None],
+        timed: Callable[[str, Entry, float], Entry] = lambda path, entry, mtime: entry,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._cache = cache
@@ -76,7 +78,7 @@ class WriteBack:
         self.events = Events(self._opened_log, options, clock)
         self._storing = Storing(
             cache, backend, locks=locks, log=self._opened_log, policy=options.conflict, clock=clock,
-            changed=changed, stored=self._is_stored,
+            changed=changed, stored=self._is_stored, timed=timed,
         )  # fmt: skip
         self._thread: threading.Thread | None = None
         self._is_ending = threading.Event()

@@ -141,6 +141,7 @@ class Core:
             locks=self._locks,
             options=options,
             changed=self.changed,
+            timed=self._timed,
             clock=self._clock,
         )
         cache.start()
@@ -225,6 +226,10 @@ class Core:
             self.dirs.changed(path, entry)
         else:
             self.dirs.changed(path, None if dirty.is_tombstone else local_entry(dirty))
+
+    def _timed(self, path: str, entry: Entry, mtime: float) -> Entry:
+        """Return a file that was uploaded with the time that it was given here, also where the store keeps none."""
+        return self.times.set(path, entry, mtime) if self.times.keeps else entry
 
     @property
     def pending(self) -> Pending | None:

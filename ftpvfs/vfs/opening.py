@@ -94,6 +94,8 @@ class Opening:
                 entry = upload.commit()
                 core.replaced(path)
                 core.changed(path, entry)
+            if core.parts is not None:
+                core.parts.writeback.stored(request.user, path, entry)
 
         return WriteHandle(path, request.name, begin, publish, autocommit=request.autocommit)
 

@@ -21,7 +21,7 @@ from ftpvfs import paths
 from ftpvfs.backend.backend import Entry, display_url, is_shared, preload
 from ftpvfs.cache.records import PartialRecord
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
-from ftpvfs.config import VFSOptions, vfs_options
+from ftpvfs.config import ConfigError, VFSOptions, vfs_options
 from ftpvfs.errors import AWAY, EUNSUPPORTED, failure
 from ftpvfs.vfs.core import Core
 from ftpvfs.vfs.dircache import Listing
@@ -64,6 +64,9 @@ class VFS:
         self._storage_options = dict(storage_options or {})
         self._clock = clock
         self._mode = CacheMode[self.options.cache_mode.upper()]
+        events = (self.options.on_received, self.options.on_stored, self.options.on_failed)
+        if self._mode is CacheMode.OFF and any(events):
+            raise ConfigError("--on-received, --on-stored and --on-failed need --vfs-cache-mode minimal or more")
         self._started = clock.time()
         # By process id. What a child finds here of its parent's is never used nor let go of: connections, threads and
         # locks mean nothing after a fork, and closing them could hurt the parent.
