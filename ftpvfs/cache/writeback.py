@@ -42,6 +42,8 @@ TAKE_OVER = 0.3
 LONGEST_REST, SHORT_REST, SHORTEST_REST = 5.0, 0.5, 0.02
 # What a look may cost of all time, as its inverse.
 LOOKS_SHARE = 10
+# Seconds for which a process that stops waits whether the one that leads stops, too, and leaves it the rest.
+HAND_OVER = 2.0
 # Seconds that transfers get to end after they were called off as the process stops.
 LAST_PATIENCE = 5.0
 
@@ -111,13 +113,14 @@ class WriteBack:
 
     def stop(self, drain_timeout: float | None = 0.0) -> int:
         """Store what can be within `drain_timeout` seconds (None: however long it takes), where no other process does;
-        return how many files are left for the next start. A transfer that is under way then is called off.
+        return how many files are left for the next start: none as long as another process goes on. A transfer that is
+        under way then is called off.
         """
         if self._thread is not None and not self._is_ending.is_set():
             self._drain(drain_timeout)
             self._end_transfers()
+        left = len(self._cache.all_dirty()) if self._leader.try_acquire() else 0
         self._leader.release()
-        left = len(self._cache.all_dirty())
         with self._log_lock:
             if self._log is not None:
                 self._log.close()
@@ -126,11 +129,11 @@ class WriteBack:
         return left
 
     def _drain(self, timeout: float | None) -> None:
-        if not self._leader.try_acquire():
-            return  # the one who leads goes on
         self._is_draining = True
         self._bell.ring()
-        self._wait_for(lambda: not self._cache.all_dirty(), timeout)
+        patience = HAND_OVER if timeout is None else min(timeout, HAND_OVER)
+        if self._wait_for(lambda: self._leader.try_acquire() or not self._cache.all_dirty(), patience):
+            self._wait_for(lambda: not self._cache.all_dirty(), timeout)
 
     def _end_transfers(self) -> None:
         self._is_ending.set()
