@@ -194,6 +194,10 @@ class Cache:
         """Close an item that nobody uses any more; for `Item.release`."""
         self._clean.let_go(item)
 
+    def save_later(self, item: Item) -> None:
+        """Save an item that nobody uses any more, then let it go; for `Item.release`."""
+        self._clean.save_later(item)
+
     def save_present(self, item: Item, present: tuple[Range, ...], *, verified: bool) -> None:
         """Record what was fetched; for `Item.save`."""
         self._clean.save_present(item, present, verified=verified)
@@ -363,14 +367,16 @@ class Cache:
 
     # --- changes of what is dirty
 
-    def delete(self, path: str, *, at_store: bool) -> None:
+    def delete(self, path: str, *, at_store: bool) -> bool:
         """Delete the path's dirty file, durably; write-back deletes the object where there may be one.
 
-        `at_store`: there is one. Nothing happens where nothing is dirty and nothing is at the store.
+        `at_store`: there is one. False where nothing was dirty and nothing was said to be at the store: nothing has
+        happened then, and the caller looks again, for an upload may just have ended.
         """
         about_to_wait(Wait.DISK)
-        self._with_room(lambda: self._dirty.delete(path, at_store=at_store))
+        is_done = self._with_room(lambda: self._dirty.delete(path, at_store=at_store))
         self._outdate(path)
+        return is_done
 
     def rename(self, source: str, target: str, *, source_at_store: bool, target_base: str | None) -> DirtyRecord:
         """Rename a dirty file, durably; write-back uploads it there, and deletes here what may be at the store.

@@ -143,30 +143,28 @@ class CleanItems:
     # --- saving
 
     def let_go(self, item: Item) -> None:
-        """Close an item whose last user has left, after it is saved; elsewhere where that takes time."""
-        if item.is_saved:
-            if not item.is_dirty:
-                with contextlib.suppress(OSError):  # somebody else has used it, too, and closed it
-                    self._files.use(item.descriptor, self._clock.time())
-            self._close(item)
-            return
+        """Close an item whose last user has left, and all of which is saved."""
+        if not item.is_dirty:
+            with contextlib.suppress(OSError):  # somebody else has used it, too, and closed it
+                self._files.use(item.descriptor, self._clock.time())
+        if item.close():
+            self._open.remove(item)
+
+    def save_later(self, item: Item) -> None:
+        """Save an item in another thread, and release it then."""
         with self._lock:
             if self._saver is None:
                 self._saver = ThreadPoolExecutor(1, thread_name_prefix="ftpvfs-save")
-            self._saver.submit(self._save_and_close, item)
+            self._saver.submit(self._save_and_release, item)
 
-    def _save_and_close(self, item: Item) -> None:
+    def _save_and_release(self, item: Item) -> None:
         try:
             item.save()
-            self._files.use(item.descriptor, self._clock.time())
         except OSError as error:
+            item.give_up_saving()
             logger.warning("What was fetched of %r will be fetched again: %s", item.path, error)
         finally:
-            self._close(item)
-
-    def _close(self, item: Item) -> None:
-        if item.close():
-            self._open.remove(item)
+            item.release()
 
     def save_present(self, item: Item, present: tuple[Range, ...], *, verified: bool) -> None:
         """Record what is present, beside what other processes have fetched."""
@@ -261,11 +259,11 @@ class CleanItems:
 
     def close(self) -> None:
         """Save what is open, and wait until it is."""
+        self.save_all()
         with self._lock:
             saver, self._saver = self._saver, None
         if saver is not None:
             saver.shutdown(wait=True)
-        self.save_all()
 
 
 def _record(path: str, id: str, entry: Entry, now: float) -> ItemRecord:  # noqa: A002

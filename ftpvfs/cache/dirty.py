@@ -121,8 +121,8 @@ class DirtyFiles:
 
     # --- changes of what is dirty
 
-    def delete(self, path: str, *, at_store: bool) -> DirtyRecord | None:
-        """End the path's dirty file; return the tombstone, where the store is to delete something."""
+    def delete(self, path: str, *, at_store: bool) -> bool:
+        """End the path's dirty file, and leave a tombstone where the store is to delete something; False: neither."""
 
         def once() -> Replaced:
             old = self._journal.dirty(path)
@@ -142,7 +142,7 @@ class DirtyFiles:
 
         replaced = _until_it_fits(path, once)
         self._remove_ended(replaced)
-        return replaced.record
+        return replaced != Replaced()
 
     def touch(self, path: str, mtime: float) -> DirtyRecord:
         """Give the path's dirty file another modification time. ENOENT where it is not dirty."""

@@ -71,15 +71,25 @@ class Item:
             return True
 
     def release(self) -> None:
-        """Count one user less. The last one saves what is present, and closes the file."""
+        """Count one user less. Once the last one has left, what is present is saved, and the file closed."""
         with self._lock:
-            self._users -= 1
-            if self._users:
+            is_unsaved = self._users == 1 and not self.is_saved
+            if not is_unsaved:  # else the one who saves takes over
+                self._users -= 1
+            if self._users > is_unsaved:
                 return
             waiters, self._waiters = self._waiters, []
         for _, future in waiters:
             future.cancel()
-        self._cache.let_go(self)
+        if is_unsaved:
+            self._cache.save_later(self)
+        else:
+            self._cache.let_go(self)
+
+    def give_up_saving(self) -> None:
+        """What is not recorded by now never will be."""
+        with self._lock:
+            self._is_saved = True
 
     def close(self) -> bool:
         """Close the file, unless somebody uses it again; called by the cache once all is saved."""
