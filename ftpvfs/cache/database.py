@@ -42,8 +42,10 @@ FORK_PATIENCE = 5.0
 FULL, NORMAL = 2, 1
 # SQLite's words; its number for it is known from Python 3.11 on.
 FULL_DISK = "disk is full"
-# And for a key with a flipped bit, which is as sound to SQLite as any other.
-NO_TEXT = "Could not decode to UTF-8"
+# And for flipped bits in text: of a key, of a table's description, which are as sound to SQLite as others.
+FLIPPED = ("Could not decode to UTF-8", "no such", "malformed", "has no column", "syntax error", "unrecognized token")
+# What comes of such bits in SQLite's messages, and in diskcache's own settings.
+ODD = (UnicodeDecodeError, TypeError, AttributeError, LookupError)
 
 
 class _ForkGate:
@@ -158,7 +160,13 @@ class Database:
             if damage is not None:
                 self._set_aside(damage)
             is_new = not self._database.exists()
-            cache = self._connect()
+            try:
+                cache = self._connect()
+            except (sqlite3.DatabaseError, *ODD) as error:
+                if not _is_damage(error):
+                    raise
+                self._set_aside(str(error))
+                is_new, cache = True, self._connect()
             if is_new:
                 self._be_durable(cache)
                 with cache.transact():
@@ -179,7 +187,7 @@ class Database:
         try:
             found = connection.execute(f"PRAGMA {self.check}(1)").fetchone()[0].decode(errors="replace")
             return None if found == "ok" else str(found)
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        except (sqlite3.DatabaseError, *ODD) as error:
             if not _is_damage(error):
                 raise
             return str(error)
@@ -278,7 +286,7 @@ class Database:
                 try:
                     self._be_durable(cache)
                     return operation()
-                except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+                except (sqlite3.DatabaseError, *ODD) as error:
                     if not _is_damage(error):
                         raise
                     self._reopen(cache, str(error))
@@ -292,6 +300,11 @@ class Database:
         if getattr(self._thread, "connected_to", None) is not cache:
             cache.reset("sqlite_synchronous", FULL if self._durable else NORMAL, update=False)
             self._thread.connected_to = cache
+
+    def begin_anew(self, damage: str) -> None:
+        """Set the database aside: what is in it turned out to be damaged."""
+        with _gate, _errors():
+            self._reopen(self._cache, damage)
 
     def _reopen_if_replaced(self) -> None:
         """Follow another process that has set a damaged database aside, or a user who has emptied the cache folder."""
@@ -330,7 +343,9 @@ def _is_damage(error: Exception) -> bool:
 
     What SQLite says about damage may not even be text.
     """
-    return type(error) in (sqlite3.DatabaseError, UnicodeDecodeError) or NO_TEXT in str(error)
+    if isinstance(error, sqlite3.OperationalError):
+        return any(words in str(error) for words in FLIPPED)
+    return type(error) is sqlite3.DatabaseError or isinstance(error, ODD)
 
 
 def _stored(key: str) -> str:

@@ -247,7 +247,7 @@ class Journal:
 
         try:
             return self._index.atomically(look)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return str(error)
 
     def replace_all(self, records: Iterable[DirtyRecord]) -> None:
@@ -264,6 +264,10 @@ class Journal:
 
         with self._leading:
             self._changed(self._index.atomically(replace))
+
+    def begin_anew(self, damage: str) -> None:
+        """Set the whole index aside; the new one begins with what was found beside the data."""
+        self._index.begin_anew(damage)
 
 
 def _checked(kind: type[R], data: bytes, path: str) -> R:

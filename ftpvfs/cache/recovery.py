@@ -67,7 +67,10 @@ class Recovery:
             self._files.folder, damage,
         )  # fmt: skip
         self._found.rebuilt = True
-        self._journal.replace_all(records_beside(self._files.folder))
+        try:
+            self._journal.replace_all(records_beside(self._files.folder))
+        except OSError as error:
+            self._journal.begin_anew(f"{damage}; {error}")
 
     # --- data/
 
