@@ -18,6 +18,7 @@ from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.index import Index
 from ftpvfs.cache.item import Draft, Item
+from ftpvfs.cache.left import LeftCache, left_caches
 from ftpvfs.clock import Clock
 from ftpvfs.config import VFSOptions
 from ftpvfs.coordination.feed import ChangeFeed
@@ -449,3 +450,80 @@ def test_a_refused_change_does_not_hurt_those_beside_it(cache: Cache, caplog: py
     record = publish(cache, "a", b"x")
     cache.deleted(dataclasses.replace(record, generation=record.generation - 1))
     assert cache.dirty("a") is not None
+
+
+# --- other processes, and other caches
+
+
+def test_what_one_process_does_the_others_see_at_once(opened: Callable[..., Cache]) -> None:
+    here, there = opened(), opened()
+    record = publish(here, "d/a", b"hello")
+    assert there.dirty("d/a") == record
+    assert there.dirty_in("d") == there.dirty_below("") == [record]
+    there.rename("d/a", "e/b", source_at_store=False, target_base=None)
+    assert here.dirty("d/a") is None
+    assert here.dirty_below("d") == []
+    assert read(here, "e/b") == b"hello"
+    moved = here.dirty("e/b")
+    assert moved is not None
+    assert here.uploaded(moved, entry("b", b"hello"))
+    assert there.all_dirty() == []
+    assert contents(there.open_item("e/b", entry("b", b"hello"))) == b"hello"
+
+
+def test_a_file_that_another_process_has_just_replaced_is_still_read(opened: Callable[..., Cache]) -> None:
+    here, there = opened(), opened()
+    publish(here, "a", b"one")
+    item = there.open_item("a", entry("a", b""))
+    publish(here, "a", b"two")
+    assert contents(item) == b"one"
+    assert read(there, "a") == b"two"
+
+
+def test_recovery_leaves_alone_what_another_process_is_writing(opened: Callable[..., Cache]) -> None:
+    here = opened()
+    draft = here.draft("a", user="alice")
+    draft.write(0, b"x" * 300_000)
+    there = opened()
+    assert there.recovered.removed == there.recovered.partials == 0
+    here.publish(draft, mtime=0.0, base=None)
+    assert read(there, "a") == b"x" * 300_000
+
+
+def test_what_a_killed_upload_has_brought_can_be_gone_on_with(opened: Callable[..., Cache]) -> None:
+    here = opened()
+    draft = here.draft("a", user="alice")
+    for number in range(3):
+        draft.write(number * 200_000, b"x" * 200_000)
+    draft.close()  # as the kernel does when a process is killed
+    there = opened()
+    assert there.recovered.partials == 1
+    partial = there.partial("a", "alice")
+    assert partial is not None
+    assert partial.size == 600_000
+
+
+def test_two_processes_fill_one_item_together(opened: Callable[..., Cache]) -> None:
+    here, there = opened(), opened()
+    ours, theirs = here.open_item("a", entry("a", b"0123456789")), there.open_item("a", entry("a", b"0123456789"))
+    assert ours.id == theirs.id
+    ours.add(0, [b"01234"])
+    theirs.add(5, [b"56789"])
+    ours.save()
+    theirs.save()
+    ours.release()
+    theirs.release()
+    assert contents(opened().open_item("a", entry("a", b"0123456789"))) == b"0123456789"
+
+
+def test_caches_that_hold_what_their_store_never_got_are_found(
+    memory: Path, folder: Path, opened: Callable[..., Cache]
+) -> None:
+    cache = opened()
+    publish(cache, "a", b"hello")
+    publish(cache, "b", b"world")
+    cache.delete("c", at_store=True)
+    (folder.parent / "other").mkdir()
+    assert left_caches(folder.parent) == [LeftCache("s3-bucket", files=2, deletions=1, size=10)]
+    assert left_caches(folder.parent, served=[folder]) == []
+    assert left_caches(memory / "nothing here") == []

@@ -294,11 +294,36 @@ def test_nobody_else_may_look_into_the_folder(folder: Path, index: Index) -> Non
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_a_folder_that_others_may_write_to_is_closed_to_them(folder: Path) -> None:
+@pytest.mark.parametrize("mode", [0o777, 0o755, 0o770])
+def test_an_empty_folder_that_is_open_to_others_is_closed_to_them(folder: Path, mode: int) -> None:
     folder.mkdir(parents=True)
-    folder.chmod(0o777)
+    folder.chmod(mode)
     Index(folder).close()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_folder_that_others_may_read_is_closed_to_them(folder: Path) -> None:
+    filled(folder)
+    folder.chmod(0o755)
+    Index(folder).close()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_a_folder_into_which_others_may_have_put_something_is_refused(folder: Path, mode: int) -> None:
+    filled(folder)
+    folder.chmod(mode)
+    with pytest.raises(PermissionError, match="others may have put there"):
+        Index(folder)
+
+
+def test_a_folder_that_everybody_may_exchange_for_another_is_refused(folder: Path) -> None:
+    filled(folder)
+    folder.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match="another in its place"):
+        Index(folder)
+    folder.parent.chmod(0o1777)
+    Index(folder).close()
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])

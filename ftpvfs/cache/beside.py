@@ -35,14 +35,20 @@ def records_beside(folder: Path) -> list[DirtyRecord]:
 
     They count as if an upload had been tried, because nobody knows any more.
     """
+    found = peek(folder)
+    if found:
+        logger.warning("%s: %d dirty files found by the records beside their data", folder, len(found))
+    return [dataclasses.replace(each, attempted=True, tries=0, error="", due=0.0) for each in found]
+
+
+def peek(folder: Path) -> list[DirtyRecord]:
+    """Return the records beside the data of a cache folder, the newest of each path, as they stand there."""
     newest: dict[str, DirtyRecord] = {}
     for record in _readable(folder / Place.DATA.value):
         known = newest.get(record.path)
         if known is None or known.generation < record.generation:
             newest[record.path] = record
-    if newest:
-        logger.warning("%s: %d dirty files found by the records beside their data", folder, len(newest))
-    return [dataclasses.replace(each, attempted=True, tries=0, error="", due=0.0) for each in newest.values()]
+    return list(newest.values())
 
 
 def _settled(path: str) -> bytes:

@@ -218,6 +218,8 @@ class Cache:
 
     def draft(self, path: str, *, user: str = "", base: Item | None = None) -> Draft:
         """Begin a file that may become the path's; `base`, which is complete, is its beginning."""
+        if base is not None:
+            about_to_wait(Wait.DISK)
         name = id_prefix(path) + new_suffix()
         file = self.files.create(Place.INCOMING, name)
         size = 0
@@ -275,6 +277,7 @@ class Cache:
     def publish_clean(self, draft: Draft, entry: Entry) -> None:
         """The draft's bytes are in the store already, as `entry`: keep them as an item, in mode full."""
         about_to_wait(Wait.DISK)
+        self._dirty.supersede(draft.path)  # first: what was on its way there must not come after it
         draft.finish()
         if self._keeps_clean and draft.size == entry.size:
             self._clean.keep(draft, entry)
@@ -283,7 +286,6 @@ class Cache:
             self._clean.forget(draft.path)
         self.files.unlink(Place.INCOMING, draft.id + BESIDE)
         draft.close()
-        self._dirty.supersede(draft.path)
 
     def supersede(self, path: str) -> None:
         """End what is dirty at the path: the store has something newer, which did not come through the cache."""
@@ -403,7 +405,7 @@ class Cache:
 
     def _has_moved(self, old: DirtyRecord, new: DirtyRecord) -> None:
         if old.id is not None and new.id is not None:
-            self._open.became(old.id, new.path, new.id, is_dirty=True)
+            self._open.moved(old.id, new.path, new.id)
         self._outdate(old.path)
         self._outdate(new.path)
 
@@ -435,7 +437,7 @@ class Cache:
             except OSError as error:
                 logger.warning("%r is uploaded and does not stay in the cache: %s", record.path, error)
         if record.id is not None:
-            self._open.became(record.id, record.path, record.id, is_dirty=False)
+            self._open.moved(record.id, record.path, record.id, entry)
         self._dirty.remove_files(record)
         self.space.look_again()
         return True

@@ -16,6 +16,7 @@ from ftpvfs.cache.ranges import Range, RangeSet
 from ftpvfs.cache.records import DirtyRecord, ItemRecord, id_prefix, version_of
 from ftpvfs.cache.space import Space
 from ftpvfs.clock import Clock
+from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +51,15 @@ class OpenItems:
             if self._items.get(item.id) is item:
                 del self._items[item.id]
 
-    def became(self, id: str, path: str, new: str, *, is_dirty: bool) -> None:  # noqa: A002
-        """A data file has another name now, or is clean."""
+    def moved(self, id: str, path: str, new: str, entry: Entry | None = None) -> None:  # noqa: A002
+        """A data file has another name now; the store has it as `entry`, unless that is None."""
         with self._lock:
             item = self._items.pop(id, None)
             if item is None:
                 return
-            item.became(path, new, is_dirty=is_dirty)
+            item.moved(path, new)
+            if entry is not None:
+                item.is_now(entry)
             self._items[new] = item
 
     def all(self) -> list[Item]:
@@ -77,6 +80,7 @@ class CleanItems:
         self._lock = threading.Lock()
         # Protected by _lock. Saves what was read while nobody waits for it.
         self._saver: ThreadPoolExecutor | None = None
+        self._is_closed = False
 
     def record(self, path: str) -> ItemRecord | None:
         """Return what is cached of a path."""
@@ -106,6 +110,7 @@ class CleanItems:
         return file
 
     def _new_version(self, path: str, entry: Entry) -> tuple[ItemRecord, DataFile | Item]:
+        about_to_wait(Wait.DISK)
         made = _record(path, id_prefix(path) + new_suffix(), entry, self._clock.time())
         file = self._files.create(Place.CLEAN, made.id)
         try:
@@ -153,9 +158,12 @@ class CleanItems:
     def save_later(self, item: Item) -> None:
         """Save an item in another thread, and release it then."""
         with self._lock:
-            if self._saver is None:
-                self._saver = ThreadPoolExecutor(1, thread_name_prefix="ftpvfs-save")
-            self._saver.submit(self._save_and_release, item)
+            if not self._is_closed:
+                if self._saver is None:
+                    self._saver = ThreadPoolExecutor(1, thread_name_prefix="ftpvfs-save")
+                self._saver.submit(self._save_and_release, item)
+                return
+        self._save_and_release(item)
 
     def _save_and_release(self, item: Item) -> None:
         try:
@@ -245,7 +253,7 @@ class CleanItems:
             self._remove_file(moved)
             self.forget(target)
             return
-        self._open.became(moved.id, target, record.id, is_dirty=False)
+        self._open.moved(moved.id, target, record.id, entry)
         replaced = self._items.change(target, lambda old: record)
         if replaced is not None:
             self._remove_file(replaced)
@@ -261,7 +269,7 @@ class CleanItems:
         """Save what is open, and wait until it is."""
         self.save_all()
         with self._lock:
-            saver, self._saver = self._saver, None
+            saver, self._saver, self._is_closed = self._saver, None, True
         if saver is not None:
             saver.shutdown(wait=True)
 

@@ -42,8 +42,8 @@ FORK_PATIENCE = 5.0
 FULL, NORMAL = 2, 1
 # SQLite's words; its number for it is known from Python 3.11 on.
 FULL_DISK = "disk is full"
-# And for flipped bits in text: of a key, of a table's description, which are as sound to SQLite as others.
-FLIPPED = ("Could not decode to UTF-8", "no such", "malformed", "has no column", "syntax error", "unrecognized token")
+# And for what is no damage but a disk, a lock or a right; all else comes of flipped bits in what describes a table.
+NO_DAMAGE = ("lock", "busy", FULL_DISK, "unable to open", "readonly", "I/O error", "interrupted", "memory")
 # What comes of such bits in SQLite's messages, and in diskcache's own settings.
 ODD = (UnicodeDecodeError, TypeError, AttributeError, LookupError)
 
@@ -344,7 +344,7 @@ def _is_damage(error: Exception) -> bool:
     What SQLite says about damage may not even be text.
     """
     if isinstance(error, sqlite3.OperationalError):
-        return any(words in str(error) for words in FLIPPED)
+        return not any(words in str(error) for words in NO_DAMAGE)
     return type(error) is sqlite3.DatabaseError or isinstance(error, ODD)
 
 

@@ -105,10 +105,20 @@ class Files:
 
     def create(self, place: Place, name: str) -> DataFile:
         """Make a new, empty file and lease it."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        descriptor = os.open(self.path(place, name), flags, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # at once: nobody evicts what has no record yet
-        return DataFile(descriptor)
+        return self._create(self.path(place, name), os.O_EXCL)
+
+    def _create(self, path: str, flags: int) -> DataFile:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                if os.fstat(descriptor).st_nlink:
+                    return DataFile(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            # Another process has found it before it was leased, took it for left behind, and removed it.
+            os.close(descriptor)
 
     def open(self, place: Place, name: str, *, writable: bool = False) -> DataFile:
         """Open and lease a file; ENOENT where it is gone, or goes just now."""
@@ -278,14 +288,11 @@ class Files:
         While the result is open, recovery takes it for a change that is under way.
         """
         path = self.path(place, name + BESIDE)
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        descriptor = os.open(path + UNFINISHED, flags, 0o600)
-        file = DataFile(descriptor)
+        file = self._create(path + UNFINISHED, os.O_TRUNC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            self.pwrite(descriptor, data, 0)
+            self.pwrite(file.descriptor, data, 0)
             if syncs:
-                self.sync(descriptor)
+                self.sync(file.descriptor)
             self._rename(path + UNFINISHED, path)
         except BaseException:
             file.close()

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING
 
+from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.files import DataFile
 from ftpvfs.cache.ranges import Range, RangeSet
-from ftpvfs.cache.records import DirtyRecord, ItemRecord
+from ftpvfs.cache.records import DirtyRecord, ItemRecord, version_of
 from ftpvfs.errors import failure
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Item:
         self._waiters: list[tuple[int, Future[None]]] = []
         self._is_saved = True
         if isinstance(record, DirtyRecord):
-            self.version, self.fingerprint = "", None
+            self.version: str = ""
+            self.fingerprint: str | None = None
             self.is_dirty = self.is_verified = True
             self._present = RangeSet([(0, self.size)])
         else:
@@ -204,10 +206,15 @@ class Item:
 
     # --- what becomes of it; called by the cache
 
-    def became(self, path: str, id: str, *, is_dirty: bool) -> None:  # noqa: A002 - what it is
-        """The file has another name now, or is clean."""
+    def moved(self, path: str, id: str) -> None:  # noqa: A002 - what it is
+        """The file has another name now."""
         with self._lock:
-            self.path, self.id, self.is_dirty = path, id, is_dirty
+            self.path, self.id = path, id
+
+    def is_now(self, entry: Entry) -> None:
+        """The store has the file, too, as `entry`."""
+        with self._lock:
+            self.is_dirty, self.version, self.fingerprint = False, version_of(entry), entry.fingerprint
 
 
 def _finish(future: Future[None], error: BaseException | None) -> None:

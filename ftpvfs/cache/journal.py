@@ -247,7 +247,11 @@ class Journal:
 
         try:
             return self._index.atomically(look)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
+            return str(error)
+        except OSError as error:
+            if error.errno != errno.EIO:  # not damage, but a disk that is full or a process that holds it
+                raise
             return str(error)
 
     def replace_all(self, records: Iterable[DirtyRecord]) -> None:

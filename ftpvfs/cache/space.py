@@ -20,6 +20,7 @@ from ftpvfs.cache.records import is_id
 from ftpvfs.clock import Clock
 from ftpvfs.coordination.lockfile import LockFile
 from ftpvfs.errors import failure
+from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -136,6 +137,7 @@ class Space:
         self._tell(more)
         try:
             if self._excess() > 0:
+                about_to_wait(Wait.DISK)
                 self.evict()
             if self._files.free() < more and not self.make_room(more):
                 raise failure(errno.ENOSPC, str(self._files.folder))

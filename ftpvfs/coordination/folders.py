@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import re
+import stat
 import sys
 from pathlib import Path
 
@@ -25,18 +26,23 @@ NETWORK_FUSE = {
     "mfs", "moosefs", "lizardfs", "httpfs", "httpdirfs", "nfs", "smbnetfs", "hdfs", "fuse_dfs", "alluxio-fuse",
     "geesefs", "riofs", "gvfsd-fuse", "kio-fuse", "portal", "dislocker-network", "objectivefs", "cvmfs2", "xtreemfs",
 }  # fmt: skip
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def private_folder(folder: Path) -> None:
     """Make the folder, for this user alone. OSError where it cannot be, or where it is not on this machine's own disk.
 
-    Nobody else may look into it, nor put there what we would believe.
+    Nobody else may look into it, nor put there what we would believe: where somebody could have, it is refused.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = folder.stat()
+    status, above = folder.stat(), folder.parent.stat()
     if os.geteuid() not in (0, status.st_uid):
         raise PermissionError(errno.EPERM, "it belongs to another user")
+    if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
+        raise PermissionError(errno.EPERM, f"everybody may put another in its place (see the mode of {folder.parent})")
+    if status.st_mode & OTHERS_WRITE and any(folder.iterdir()):
+        raise PermissionError(errno.EPERM, "others may have put there what is in it (its mode should be 0700)")
     if status.st_mode & 0o077:
         folder.chmod(0o700)
     kind = network_filesystem(folder)
