@@ -199,7 +199,7 @@ class Core:
             about_to_wait(Wait.DISK)
         with self._index_lock:
             if self._index is None:
-                self._index = Index(self._folder)
+                self._index = Index(self._folder, durable=self.options.cache_sync)
             return self._index
 
     @contextlib.contextmanager

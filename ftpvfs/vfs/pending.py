@@ -65,9 +65,8 @@ class Pending:
 
     def delete(self, path: str) -> bool:
         """Delete a dirty file; return False where the path is not dirty (any more)."""
-        if self._file(path) is None:
+        if self._file(path) is None or not self._cache.delete(path, at_store=False):
             return False
-        self._cache.delete(path, at_store=False)
         self._changed(path, None)
         self._writeback.notify()
         return True
