@@ -31,8 +31,8 @@ HEADER = f"{'':10}{'median':>10}{'min':>10}{'max':>10} {'':12}{'CPU s':>9}{'CPU 
 SETTLE_SECONDS = 2.0
 """From the start of a server until it counts as idle: some of the start goes on in the background."""
 LEGEND = """CPU and peak are the server's, over all its processes: CPU the median, peak the highest.
-ratio: the median is how many times as good ftpvfs is as rclone (above 1 is better, also for seconds and MiB);
-CPU and peak are ftpvfs / rclone (below 1 is better)."""
+ratio: the median is how many times as good ftpvfs is as the peer (above 1 is better, also for seconds and MiB);
+CPU and peak are ftpvfs / peer (below 1 is better)."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,16 @@ class Subject:
     unit: str
     goal: str
     more_is_better: bool = True
+    beside: tuple[str, ...] = (RCLONE.name,)
+    """Whom ftpvfs is compared with."""
 
     def block(self, samples: Mapping[str, Sequence[Sample]]) -> str:
         """The rows of the table: one for each peer, and ftpvfs beside rclone."""
         lines = [f"{self.title}   [goal: {self.goal}]"]
         lines.extend(self._row(name, of) for name, of in samples.items())
-        if RCLONE.name in samples and FTPVFS.name in samples:
-            lines.append(self._ratio_row(samples[FTPVFS.name], samples[RCLONE.name]))
+        if FTPVFS.name in samples:
+            peers = [name for name in self.beside if name in samples]
+            lines.extend(self._ratio_row(samples[FTPVFS.name], samples[name]) for name in peers)
         return "\n".join(lines)
 
     def _row(self, name: str, samples: Sequence[Sample]) -> str:
@@ -129,7 +132,7 @@ class Benchmark:
             self._loader = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
             stack.callback(self._loader.shutdown)
             self._stack = stack.pop_all()
-        self._say(_machine())
+        self._say(machine())
         self._say(", ".join(self._versions()))
         self._say(HEADER)
         return self
@@ -197,7 +200,8 @@ class Benchmark:
         self._say("\n" + subject.block(samples))
 
 
-def _machine() -> str:
+def machine() -> str:
+    """The line that says when and where."""
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()

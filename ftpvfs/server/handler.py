@@ -395,6 +395,13 @@ class TLS_VFSHandler(VFSHandler, TLSControl):
 
     dtp_handler = TLS_VFSDTPHandler
 
+    def _may_transfer(self) -> bool:
+        reason, self.refused_data = self.refused_data, ""
+        if reason and not self._expects_data():
+            self.respond(reason)
+            return False
+        return super()._may_transfer()
+
 
 def _loggable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

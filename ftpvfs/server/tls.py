@@ -7,8 +7,12 @@ it began with, so that its data connections can resume it, also when the certifi
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import logging
 import secrets
+import sys
+import termios
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +22,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL, crypto
+from pyftpdlib.exceptions import _RetryError
 from pyftpdlib.handlers import TLS_DTPHandler, TLS_FTPHandler
 from pyftpdlib.handlers.ftps.ssl import SSLConnectionMixin
 from pyftpdlib.utils import is_ssl_sock
@@ -26,14 +31,18 @@ from ftpvfs.config import ConfigError, TLSOptions
 
 logger = logging.getLogger(__name__)
 
+PARTIAL_WRITE = 1  # SSL_MODE_ENABLE_PARTIAL_WRITE, which pyOpenSSL always switches on
 NO_RENEGOTIATION = 1 << 30  # OpenSSL's SSL_OP_NO_RENEGOTIATION, which older pyOpenSSL does not name
 VERSIONS = {"tls1.2": SSL.TLS1_2_VERSION, "tls1.3": SSL.TLS1_3_VERSION}
 CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:!aNULL:!PSK"  # of TLS 1.2; those of 1.3 are all good
 RECORD = 16 * 1024  # the largest piece that TLS encrypts at once
+OVERHEAD = 256  # what the largest piece may grow by
 # Seconds for which a session can be resumed: longer than any FTP session, or its data connections would stop to.
 RESUMABLE = 24 * 3600
 # What carries data, and so has to wait for PROT P where TLS is required; PASV and PORT open the connection for it.
 DATA = {"PASV", "EPSV", "PORT", "EPRT", "RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"}
+
+NOT_RESUMED = "522 The data connection must resume the control connection's TLS session."
 
 
 class Certificates:
@@ -87,7 +96,6 @@ class _Material:
         context.set_min_proto_version(VERSIONS[options.min_version])
         context.set_options(SSL.OP_NO_COMPRESSION | NO_RENEGOTIATION | SSL.OP_CIPHER_SERVER_PREFERENCE)
         context.set_cipher_list(CIPHERS)
-        context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # an idle session needs none
         context.use_certificate(self._chain[0])
         for certificate in self._chain[1:]:
             context.add_extra_chain_cert(certificate)
@@ -163,6 +171,8 @@ class TLSControl(QuietHandshake, TLS_FTPHandler):
     tls_mode = "explicit"
     # Whether data connections have to resume the control connection's session.
     tls_require_reuse = False
+    # Why the last data connection was refused, where no command had asked for it yet; the next one is told.
+    refused_data = ""
     # Whether an upload over TLS that ends without close_notify is one that was cut off.
     tls_strict_eof = True
 
@@ -195,6 +205,12 @@ class TLSControl(QuietHandshake, TLS_FTPHandler):
             self._protect_data()
         else:
             super().handle()
+
+    def secure_connection(self, ssl_context: Any) -> None:
+        """Begin TLS; a session that is idle needs no buffers."""
+        super().secure_connection(ssl_context)
+        if is_ssl_sock(self.socket):
+            SSL._lib.SSL_set_mode(self.socket._ssl, SSL.MODE_RELEASE_BUFFERS)  # type: ignore[attr-defined]
 
     def handle_ssl_established(self) -> None:
         """Go on in TLS."""
@@ -256,28 +272,90 @@ class TLSControl(QuietHandshake, TLS_FTPHandler):
 class TLSData(QuietHandshake, TLS_DTPHandler):
     """A data connection's side of FTPS, for a `VFSDTPHandler`. Runs on the session's event loop."""
 
+    # What was found behind bytes that had to be given first.
+    _found: Exception | None = None
+
+    def secure_connection(self, ssl_context: Any) -> None:
+        """Begin TLS. A call sends all that it is given, not one record; what it keeps back has to be given it again."""
+        super().secure_connection(ssl_context)
+        if is_ssl_sock(self.socket):
+            SSL._lib.SSL_clear_mode(self.socket._ssl, PARTIAL_WRITE)  # type: ignore[attr-defined]
+
     def initiate_send(self) -> None:
         """Send what there is. Before TLS stands there is nothing to say, not even that there is nothing."""
         if not self._ssl_accepting:
             super().initiate_send()
 
     def send(self, data: Any) -> int:
-        """Send bytes. None at all, an empty listing's, would be an error of OpenSSL's."""
-        return super().send(data) if data else 0
+        """Send all of the bytes or, for now, none. pyftpdlib's own would copy them first."""
+        if not is_ssl_sock(self.socket):
+            return super().send(data)  # type: ignore[no-any-return]
+        if not data:  # an empty listing; an error of OpenSSL's
+            return 0
+        try:
+            sent: int = self.socket.send(data)
+        except SSL.WantReadError:
+            self._ssl_want_read = True
+            return 0
+        except SSL.WantWriteError:
+            self._ssl_want_write = True
+            return 0
+        except (SSL.ZeroReturnError, SSL.SysCallError):
+            self.handle_close()
+            return 0
+        self.tot_bytes_sent += sent
+        return sent
+
+    def recv(self, buffer_size: int) -> bytes:
+        """Return what has arrived, up to about so much; b"" after close_notify. Raises OSError where it broke off.
+
+        Whole records, and none of which only a part may be there: what OpenSSL has taken is no news to the loop.
+        """
+        if self._found is not None:
+            return self._nothing_received(self._found)
+        records = max(1, min(buffer_size, _waiting(self._fileno)) // (RECORD + OVERHEAD))
+        pieces: list[bytes] = []
+        try:
+            for _ in range(records):
+                pieces.append(self.socket.recv(RECORD))  # noqa: PERF401 - what came before an error is kept
+        except (SSL.Error, OSError) as error:
+            if not pieces:
+                return self._nothing_received(error)
+            self._found = error  # something else than the records that have to be there; those first
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _nothing_received(self, error: Exception) -> bytes:
+        if isinstance(error, SSL.WantReadError):
+            self._ssl_want_read = True
+            raise _RetryError from error
+        if isinstance(error, SSL.WantWriteError):
+            self._ssl_want_write = True
+            raise _RetryError from error
+        if isinstance(error, SSL.ZeroReturnError) or (isinstance(error, SSL.Error) and self._is_bare_end(error)):
+            return b""
+        if isinstance(error, SSL.Error):
+            raise ConnectionResetError(errno.ECONNRESET, "TLS ended without close_notify") from error
+        raise error
 
     def handle_ssl_established(self) -> None:
         """Refuse a client that does not show, by resuming its session, that it is the control connection's."""
         super().handle_ssl_established()
         if getattr(self.cmd_channel, "tls_require_reuse", False) and not was_resumed(self.socket):
-            self._resp = ("522 The data connection must resume the control connection's TLS session.", logger.warning)
+            self._resp = (NOT_RESUMED, logger.warning)
+            self.cmd_channel.refused_data = "" if self._initialized else NOT_RESUMED
             self.close()
 
-    def is_bare_end(self, error: SSL.Error) -> bool:
+    def _is_bare_end(self, error: SSL.Error) -> bool:
         """Tell whether the client has ended the connection without close_notify, and that is to be taken for an end."""
         if getattr(self.cmd_channel, "tls_strict_eof", True) or not is_unexpected_eof(error):
             return False
         self.log("The upload ended without close_notify; taken for complete (--tls-strict-eof off).", logger.warning)
         return True
+
+
+def _waiting(descriptor: int) -> int:
+    """Return how many bytes have arrived on a connection."""
+    return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def was_resumed(connection: SSL.Connection) -> bool:

@@ -31,7 +31,7 @@ from ftpvfs.server.commands import asks_to_abort
 from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
 from ftpvfs.server.source import SEND, STEP, FileSource, NetworkText, TLSSource, ViewSource
 from ftpvfs.server.throttle import Rates, Throttle
-from ftpvfs.server.tls import RECORD, TLSData
+from ftpvfs.server.tls import TLSData
 from ftpvfs.waiting import Wait, WouldWait, limited_to
 
 logger = logging.getLogger(__name__)
@@ -503,24 +503,8 @@ class TLS_VFSDTPHandler(TLSData, VFSDTPHandler):
     """The same over TLS, where only close_notify ends an upload: a connection that merely stops may have been cut."""
 
     def recv(self, buffer_size: int) -> bytes:
-        """Return what has arrived, empty after close_notify. Raises OSError where the connection broke."""
-        if not is_ssl_sock(self.socket):
-            return VFSDTPHandler.recv(self, buffer_size)
-        try:
-            # Never less than a record: the loop does not see what of one is left within OpenSSL.
-            return self.socket.recv(max(buffer_size, RECORD))  # type: ignore[no-any-return]
-        except SSL.WantReadError as error:
-            self._ssl_want_read = True
-            raise _RetryError from error
-        except SSL.WantWriteError as error:
-            self._ssl_want_write = True
-            raise _RetryError from error
-        except SSL.ZeroReturnError:
-            return b""
-        except SSL.Error as error:
-            if self.is_bare_end(error):
-                return b""
-            raise ConnectionResetError(errno.ECONNRESET, "TLS ended without close_notify") from error
+        """Return what has arrived, empty at a clean end. Raises OSError where the connection broke."""
+        return (TLSData if is_ssl_sock(self.socket) else VFSDTPHandler).recv(self, buffer_size)
 
     def handle_close(self) -> None:
         VFSDTPHandler.handle_close(self)
