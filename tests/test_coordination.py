@@ -7,6 +7,7 @@ import mmap
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from ftpvfs.coordination.folders import (
     private_folder,
     type_in_mounts,
 )
-from ftpvfs.coordination.locks import Leader, PathLocks, ThreadLocks
+from ftpvfs.coordination.locks import HAS_RANGES, Leader, PathLocks, ThreadLocks
 from ftpvfs.coordination.sessions import Admission, SessionTable, network_of
 from tests.conftest import wait_until
 from tests.processes import DEADLINE, Child
@@ -239,9 +240,23 @@ def _hold(pipe: Connection, folder: Path, *paths: str) -> None:
 
 
 def lock_files(folder: Path) -> list[str]:
-    return os.listdir(folder / "locks")
+    return os.listdir(folder / "locks") if (folder / "locks").exists() else []
 
 
+@pytest.fixture(params=["ranges", "files"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Locks of paths as Linux has them, and as other systems do."""
+    monkeypatch.setattr("ftpvfs.coordination.locks.HAS_RANGES", request.param == "ranges")
+    if request.param == "ranges" and not HAS_RANGES:
+        pytest.skip("another system")
+    return request.param
+
+
+FILES = pytest.mark.parametrize("kind", ["files"], indirect=True)
+BOTH = pytest.mark.usefixtures("kind")
+
+
+@BOTH
 def test_a_path_held_by_one_process_keeps_another_waiting_and_no_other_path(child, tmp_path):
     first = child(_hold, tmp_path, "a")
     assert first.hear() == "held"
@@ -256,6 +271,7 @@ def test_a_path_held_by_one_process_keeps_another_waiting_and_no_other_path(chil
     assert lock_files(tmp_path) == []
 
 
+@BOTH
 def test_a_killed_holder_holds_nothing(child, tmp_path):
     first = child(_hold, tmp_path, "a", "b", "c")
     assert first.hear() == "held"
@@ -267,6 +283,7 @@ def test_a_killed_holder_holds_nothing(child, tmp_path):
     assert second.hear() == "released"
 
 
+@BOTH
 def test_the_child_of_a_killed_holder_holds_nothing_either(child, tmp_path):
     def parent(pipe: Connection) -> None:
         with PathLocks(tmp_path).hold("a"):
@@ -285,7 +302,8 @@ def test_the_child_of_a_killed_holder_holds_nothing_either(child, tmp_path):
         os.kill(orphan, signal.SIGKILL)
 
 
-def test_files_that_killed_holders_left_are_removed_and_those_in_use_stay(child, tmp_path):
+@FILES
+def test_files_that_killed_holders_left_are_removed_and_those_in_use_stay(kind, child, tmp_path):
     first, second = child(_hold, tmp_path, "left"), child(_hold, tmp_path, "used")
     first.hear(), second.hear()
     first.kill()
@@ -298,7 +316,8 @@ def test_files_that_killed_holders_left_are_removed_and_those_in_use_stay(child,
     assert third.hear() == "held"
 
 
-def test_an_emptied_folder_is_made_again(tmp_path):
+@FILES
+def test_an_emptied_folder_is_made_again(kind, tmp_path):
     locks = PathLocks(tmp_path)
     (tmp_path / "locks").rmdir()
     with locks.hold("a"):
@@ -328,6 +347,38 @@ def _count_up(pipe: Connection, folder: Path, seed: int, rounds: int) -> None:
     pipe.send("done")
 
 
+@BOTH
+def test_locks_hold_again_once_somebody_has_emptied_the_folder(child, tmp_path):
+    locks = PathLocks(tmp_path)
+    for name in os.listdir(tmp_path):
+        shutil.rmtree(tmp_path / name) if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+    with locks.hold("a"):
+        other = child(_hold, tmp_path, "a")
+        assert other.is_silent()
+    assert other.hear() == "held"
+
+
+@BOTH
+def test_two_objects_of_one_process_exclude_each_other(tmp_path):
+    first, second = PathLocks(tmp_path), PathLocks(tmp_path)
+    held: list[str] = []
+
+    def work() -> None:
+        with second.hold("a"):
+            held.append("second")
+
+    with first.hold("a"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        with second.hold("b"), first.hold("c"):
+            assert held == []
+        PathLocks(tmp_path)  # opening and closing another one lets go of nothing
+        assert held == []
+    thread.join()
+    assert held == ["second"]
+
+
+@BOTH
 def test_no_two_hold_a_path_at_once_and_holding_several_ends_in_no_deadlock(child, tmp_path):
     for name in "xyz":
         (tmp_path / name).write_text("0")
@@ -339,6 +390,7 @@ def test_no_two_hold_a_path_at_once_and_holding_several_ends_in_no_deadlock(chil
     assert lock_files(tmp_path) == []
 
 
+@BOTH
 def test_many_paths_leave_no_files(tmp_path):
     locks = PathLocks(tmp_path)
     for number in range(500):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import weakref
 
-_open: set[LockFile] = set()
+_open: weakref.WeakSet[LockFile] = weakref.WeakSet()
 
 
 class LockFile:
@@ -15,6 +16,8 @@ class LockFile:
     A child has copies of its parent's descriptors, and its copy would hold a lock for as long as the child lives,
     should the parent be killed. So copies are closed as soon as it is there.
     """
+
+    descriptor = -1
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -57,6 +60,10 @@ class LockFile:
         self.unlock()
         _open.discard(self)
         self.abandon()
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
     def abandon(self) -> None:
         """Close without unlocking what other processes may hold by copies of it."""

@@ -1,12 +1,15 @@
 """Locks between processes: one writer of a path, one holder of a role.
 
-All are flocks: what holds one is a process, not a record of it that must be cleared away.
+All are the system's: what holds one is a process, not a record of it that must be cleared away.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import struct
+import sys
 import threading
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -14,6 +17,9 @@ from pathlib import Path
 
 from ftpvfs.coordination.lockfile import LockFile
 from ftpvfs.paths import encoded
+
+# Whether the system has locks of parts of a file that belong to who has opened it, and we know how it writes them.
+HAS_RANGES = sys.platform == "linux" and sys.maxsize > 2**32
 
 
 class ThreadLocks:
@@ -50,28 +56,80 @@ class ThreadLocks:
 
 
 class PathLocks:
-    """One holder of each path among all threads of all processes that share a folder. Any thread.
-
-    A lock is a file named by the path's digest, made when it is wanted and removed by its holder. Files that killed
-    holders have left are removed when locks are opened on the folder.
-    """
+    """One holder of each path among all threads of all processes that share a folder. Any thread."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder / "locks"
         self._threads = ThreadLocks()
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._sweep()
+        self._processes: _RangeLocks | _FileLocks = _RangeLocks(folder) if HAS_RANGES else _FileLocks(folder)
 
     @contextlib.contextmanager
     def hold(self, *paths: str) -> Iterator[None]:
         """Hold all of the paths; wait for each that somebody else holds. Not to be nested."""
+        digests = sorted({blake2b(encoded(path), digest_size=16).digest() for path in paths})
         with self._threads.hold(*paths), contextlib.ExitStack() as held:
-            for file in sorted(self._file(path) for path in set(paths)):
-                held.callback(_remove, self._acquire(file))
+            for digest in digests:
+                self._processes.hold(digest, held)
             yield
 
-    def _file(self, path: str) -> str:
-        return str(self._folder / blake2b(encoded(path), digest_size=16).hexdigest())
+
+class _RangeLocks:
+    """A byte of one file for each path, at the place that its digest says. Nothing is made or removed for a lock.
+
+    Linux's locks of open files (F_OFD_SETLK) belong to the file as this object has opened it: several objects in one
+    process exclude each other as processes do, and closing one's file lets go of no other's locks, as it would with
+    POSIX's. The threads that share an object exclude each other before.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "paths.lock"
+        self._lock = threading.Lock()
+        # Replaced under _lock.
+        self._file = self._opened()
+
+    def hold(self, digest: bytes, held: contextlib.ExitStack) -> None:
+        """Lock the path of a digest, until `held` is left."""
+        file = self._current()
+        place = int.from_bytes(digest[:8], "little") >> 2
+        fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, place))
+        held.callback(self._let_go, file, place)
+
+    def _let_go(self, file: LockFile, place: int) -> None:
+        if not file.is_closed:  # by a fork: this is a child, and the lock its parent's
+            fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, place))
+
+    def _current(self) -> LockFile:
+        file = self._file
+        if not file.is_closed and file.is_in_place():
+            return file
+        with self._lock:  # somebody has emptied the cache folder; the old file is its holders' until the end
+            if self._file is file:
+                self._file = self._opened()
+            return self._file
+
+    def _opened(self) -> LockFile:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return LockFile(str(self._path))
+
+
+def _flock(kind: int, place: int) -> bytes:
+    """Return C's struct flock for one byte: type, whence, start, length, process."""
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, place, 1, 0)
+
+
+class _FileLocks:
+    """A file for each path, named by its digest, made when it is wanted and removed by its holder.
+
+    Files that killed holders have left are removed when locks are opened on the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "locks"
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._sweep()
+
+    def hold(self, digest: bytes, held: contextlib.ExitStack) -> None:
+        """Lock the path of a digest, until `held` is left."""
+        held.callback(_remove, self._acquire(str(self._folder / digest.hex())))
 
     def _acquire(self, path: str) -> LockFile:
         """Lock the file; when its former holder has removed it meanwhile, the one that stands there now."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import fcntl
+import functools
 import ipaddress
 import mmap
 import os
-import sys
 import tempfile
 import threading
 import weakref
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 
 # Addresses that may be connected at once; beyond them everybody is refused.
 ADDRESSES = 65536
-KEY = 16
-COUNT = 4
+KEY = 16  # bytes
+WORD = 4
 # IPv6 gives every customer so many bits, and with them as many addresses as he likes.
 IPV6_PREFIX = 64
 
@@ -30,6 +30,7 @@ class Admission(enum.Enum):
     TOO_MANY_FROM_ADDRESS = enum.auto()
 
 
+@functools.lru_cache(maxsize=4096)
 def network_of(ip: str) -> bytes:
     """Return whom limits take an address for: an IPv4 address, or the IPv6 network that one customer has.
 
@@ -54,6 +55,9 @@ class SessionTable:
 
     Each process has a slot, so that what a dead one had counted can be given up. The lock is a POSIX one, which
     children do not share and which a dead process does not hold.
+
+    All is words of four bytes: a total and a state for each slot, the number of rows in use, the rows. A row is an
+    address's key and a count for each slot; the rows in use stand in front.
     """
 
     def __init__(self, slots: int = 1, addresses: int = ADDRESSES) -> None:
@@ -63,12 +67,14 @@ class SessionTable:
         self._file, path = tempfile.mkstemp()
         os.unlink(path)
         self._close = weakref.finalize(self, os.close, self._file)
-        self._row = KEY + COUNT * slots
-        self._rows = 2 * COUNT * slots + COUNT  # behind the totals, the states, and the number of rows in use
-        self._size = self._rows + addresses * self._row
-        os.ftruncate(self._file, self._size)
-        self._map = mmap.mmap(self._file, self._size)
+        self._used = 2 * slots
+        self._rows = 2 * slots + 1
+        self._row = KEY // WORD + slots
         self._addresses = addresses
+        size = WORD * (self._rows + addresses * self._row)
+        os.ftruncate(self._file, size)
+        self._map = mmap.mmap(self._file, size)
+        self._words = memoryview(self._map).cast("I")
 
     @property
     def slots(self) -> int:
@@ -85,50 +91,49 @@ class SessionTable:
         """Count a connection, unless there are `most` in all or `most_per_ip` of its address already; 0: no limit."""
         key = network_of(ip)
         with self._locked():
-            if most and self._total() >= most:
+            if most and self.total() >= most:
                 return Admission.FULL
             row = self._find(key)
             if most_per_ip and row is not None and self._sum(row) >= most_per_ip:
                 return Admission.TOO_MANY_FROM_ADDRESS
             if row is None:
-                if self._used() == self._addresses:
+                if self._words[self._used] == self._addresses:
                     return Admission.FULL
                 row = self._append(key)
-            self._add(row + KEY + COUNT * self._slot, 1)
-            self._add(COUNT * self._slot, 1)
+            self._words[self._count_in(row)] += 1
+            self._words[self._slot] += 1
         return Admission.ADMITTED
 
     def leave(self, ip: str) -> None:
         """Count one connection less, which was admitted in this process."""
         with self._locked():
             row = self._find(network_of(ip))
-            if row is None or not self._get(row + KEY + COUNT * self._slot):
+            if row is None or not self._words[self._count_in(row)]:
                 return
-            self._add(row + KEY + COUNT * self._slot, -1)
-            self._add(COUNT * self._slot, -1)
+            self._words[self._count_in(row)] -= 1
+            self._words[self._slot] -= 1
             if not self._sum(row):
                 self._remove(row)
 
     def give_up(self, slot: int) -> None:
         """Forget what the process of a slot had counted: it is dead, or begins."""
         with self._locked():
-            self._set(COUNT * slot, 0)
-            self._set(COUNT * (self._slots + slot), 0)
-            for number in range(self._used()):
-                self._set(self._row_at(number) + KEY + COUNT * slot, 0)
-            for number in range(self._used() - 1, -1, -1):
-                row = self._row_at(number)
+            self._words[slot] = self._words[self._slots + slot] = 0
+            rows = [self._row_at(number) for number in range(self._words[self._used])]
+            for row in rows:
+                self._words[row + KEY // WORD + slot] = 0
+            for row in reversed(rows):
                 # Twice: a process was killed while it moved the row to the front; that one is the true one.
-                if not self._sum(row) or self._find(self._map[row : row + KEY]) != row:
+                if not self._sum(row) or self._find(self._key(row)) != row:
                     self._remove(row)
 
     def set_accepting(self, is_accepting: bool) -> None:
         """Tell the others whether this process takes connections."""
-        self._set(COUNT * (self._slots + self._slot), int(is_accepting))
+        self._words[self._slots + self._slot] = int(is_accepting)
 
     def total(self) -> int:
         """Return how many are connected."""
-        return self._total()
+        return sum(self._words[: self._slots])
 
     def connected(self, ip: str) -> int:
         """Return how many are connected from the address."""
@@ -141,13 +146,13 @@ class SessionTable:
 
         No lock is taken: the loop asks before each connection.
         """
-        words = memoryview(self._map)[: 2 * COUNT * self._slots].cast("I")
-        counts, states = words[: self._slots], words[self._slots :]
-        others = [count for count, accepts in zip(counts, states, strict=True) if accepts]
-        return counts[self._slot] - min(others, default=counts[self._slot])
+        words, slots = self._words, self._slots
+        own = words[self._slot]
+        return own - min((words[each] for each in range(slots) if words[slots + each]), default=own)
 
     def close(self) -> None:
         """Release the table in this process."""
+        self._words.release()
         self._map.close()
         self._close()
 
@@ -156,6 +161,9 @@ class SessionTable:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with self._thread:
+            if self._slots == 1:
+                yield
+                return
             fcntl.lockf(self._file, fcntl.LOCK_EX)
             try:
                 yield
@@ -163,44 +171,34 @@ class SessionTable:
                 fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def _find(self, key: bytes) -> int | None:
-        """Return where the row of a key is; None where there is none. The rows in use stand in front."""
-        stop = self._rows + self._used() * self._row
-        at = self._map.find(key, self._rows, stop)
-        while at >= 0 and (at - self._rows) % self._row:
+        """Return the row of a key; None where there is none."""
+        start, length = WORD * self._rows, WORD * self._row
+        stop = start + self._words[self._used] * length
+        at = self._map.find(key, start, stop)
+        while at >= 0 and (at - start) % length:
             at = self._map.find(key, at + 1, stop)
-        return None if at < 0 else at
+        return None if at < 0 else at // WORD
 
     def _append(self, key: bytes) -> int:
-        used = self._used()
-        row = self._row_at(used)
-        self._map[row : row + self._row] = key.ljust(self._row, b"\0")
-        self._set(2 * COUNT * self._slots, used + 1)
+        row = self._row_at(self._words[self._used])
+        self._map[WORD * row : WORD * (row + self._row)] = key.ljust(WORD * self._row, b"\0")
+        self._words[self._used] += 1
         return row
 
     def _remove(self, row: int) -> None:
         """Let the last row take the place of this one."""
-        used = self._used()
-        last = self._row_at(used - 1)
-        self._map[row : row + self._row] = self._map[last : last + self._row]
-        self._set(2 * COUNT * self._slots, used - 1)
+        last = self._row_at(self._words[self._used] - 1)
+        self._words[row : row + self._row] = self._words[last : last + self._row]
+        self._words[self._used] -= 1
 
     def _row_at(self, number: int) -> int:
         return self._rows + number * self._row
 
-    def _used(self) -> int:
-        return self._get(2 * COUNT * self._slots)
+    def _key(self, row: int) -> bytes:
+        return self._map[WORD * row : WORD * row + KEY]
 
-    def _total(self) -> int:
-        return sum(self._get(COUNT * slot) for slot in range(self._slots))
+    def _count_in(self, row: int) -> int:
+        return row + KEY // WORD + self._slot
 
     def _sum(self, row: int) -> int:
-        return sum(self._get(row + KEY + COUNT * slot) for slot in range(self._slots))
-
-    def _get(self, at: int) -> int:
-        return int.from_bytes(self._map[at : at + COUNT], sys.byteorder)
-
-    def _set(self, at: int, number: int) -> None:
-        self._map[at : at + COUNT] = number.to_bytes(COUNT, sys.byteorder)
-
-    def _add(self, at: int, number: int) -> None:
-        self._set(at, self._get(at) + number)
+        return sum(self._words[row + KEY // WORD : row + self._row])

@@ -9,6 +9,7 @@ import enum
 import ipaddress
 import logging
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 LEAD = 2
 MOMENT = 0.001
 LONGEST_MOMENT = 0.01
+# Seconds after which the bans of other servers with the same list are known here; those of one server's at once.
+OTHERS_BANS = 1.0
 BACKLOG = 1024  # connections that wait to be accepted; the system has a limit of its own
 # Bytes of commands that may wait before a client has logged in; more than one command's, or it could never end.
 MOST_PIPELINED = 4096
@@ -90,6 +93,10 @@ class Door:
         self.is_closing = False
         self.sessions: set[Limited] = set()
         self._bans = bans
+        # Who is not banned, as long as the count of bans is this and it is not later than that.
+        self._not_banned: set[str] = set()
+        self._bans_counted = -1
+        self._ask_again_at = float("-inf")
 
     def admit(self, session: Limited) -> Refusal | None:
         """Count a session in; return why not where it is not let in."""
@@ -109,11 +116,22 @@ class Door:
         return ADMISSIONS.get(self.table.admit(ip, self.limits.max_cons, self.limits.max_cons_per_ip))
 
     def _is_banned(self, ip: str) -> bool:
+        """Ask the ban list, unless it has just said no and no worker has banned anybody since."""
+        if self._bans is None:
+            return False
+        now, count = time.monotonic(), self.metrics.value(Count.BANS)
+        if count != self._bans_counted or now >= self._ask_again_at:
+            self._bans_counted, self._ask_again_at = count, now + OTHERS_BANS
+            self._not_banned.clear()
+        if ip in self._not_banned:
+            return False
         try:
-            return self._bans is not None and self._bans.is_banned(ip)
+            if self._bans.is_banned(ip):
+                return True
         except OSError as error:
             logger.warning("the ban list cannot be read: %s", error)
-            return False
+        self._not_banned.add(ip)
+        return False
 
     def leave(self, session: Limited) -> None:
         """Count a session out that was let in."""

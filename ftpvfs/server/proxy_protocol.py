@@ -121,6 +121,8 @@ def _port(text: str) -> int:
 
 def is_within(ip: str, networks: Sequence[Network]) -> bool:
     """Tell whether the address is in one of the networks; an IPv4 address as IPv6 shows it is an IPv4 address."""
+    if not networks:
+        return False
     address = ipaddress.ip_address(ip.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
