@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from ftpvfs.cache.cache import Cache
+from ftpvfs.cache.files import Files
 from ftpvfs.cache.index import Index
 from ftpvfs.cache.space import STEP
 from ftpvfs.config import VFSOptions
@@ -251,3 +253,65 @@ def test_the_disk_is_kept_free(small_disk: Path, clock: MovingClock) -> None:  #
     assert is_cached(cache, "c2", 4 * MIB)
     cache.close()
     index.close()
+
+
+# --- what a crash has left
+
+
+def test_what_a_crash_has_left_of_clean_files_is_swept_away(
+    opened: Open, folder: Path, clock: MovingClock  # noqa: F811
+) -> None:
+    cache = opened()
+    for path in ("a", "b", "c"):
+        cached(cache, path, KIB)
+    (lost, kept, _) = (cache.record(path) for path in ("a", "b", "c"))
+    assert lost is not None
+    assert kept is not None
+    (folder / "clean" / lost.id).unlink()
+    (folder / "clean" / (16 * "e" + 16 * "f")).write_bytes(b"orphan")
+    (folder / "clean" / "README").write_text("hello")
+    clock.now = 1e12  # the orphan is old
+    cache.sweep()
+    assert cache.record("a") is None
+    assert is_cached(cache, "b", KIB)
+    assert len(list((folder / "clean").iterdir())) == 2
+    assert (folder / "quarantine" / "README").exists()
+
+
+def test_clean_files_that_were_not_synced_are_not_trusted_once_the_machine_has_stopped(
+    folder: Path, clock: MovingClock, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    def is_cached_after(boot: str) -> bool:
+        monkeypatch.setattr(Files, "boot", lambda self: boot)
+        index = Index(folder)
+        cache = Cache(folder, index, VFSOptions(cache_mode="full", cache_sync=False), clock=clock)
+        try:
+            found = is_cached(cache, "a", KIB)
+            cached(cache, "a", KIB)
+            return found
+        finally:
+            cache.close()
+            index.close()
+
+    assert [is_cached_after(boot) for boot in ("1", "1", "2", "2")] == [False, True, False, True]
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(900)
+def test_a_publish_goes_on_while_100_000_files_are_removed(opened: Open, clock: MovingClock) -> None:  # noqa: F811
+    cache = opened(cache_max_age=60.0)
+    for number in range(100_000):
+        cache.open_item(f"d/{number}", entry(f"d/{number}", b"12345")).release()
+    clock.now += 100
+    emptied = threading.Thread(target=cache.evict)
+    emptied.start()
+    waited = []
+    while emptied.is_alive() or not waited:
+        begin = time.monotonic()
+        publish(cache, f"n/{len(waited)}", b"x")
+        waited.append(time.monotonic() - begin)
+    emptied.join()
+    assert cache.usage().clean == 0
+    assert len(cache.all_dirty()) == len(waited)
+    waited.sort()
+    print(f"{len(waited)} publishes: {waited[len(waited) // 2]:.4f} s at the median, {waited[-1]:.3f} s at most")

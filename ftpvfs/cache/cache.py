@@ -79,6 +79,8 @@ class Cache:
         self.recovered = self.recover()
         self._mirror = Mirror(self._journal.dirty, self._journal.all_dirty, feed, lambda: index.replaced)
         self._items = Items(folder / "items", durable=False)
+        if self.files.may_be_torn():
+            self._items.begin_anew("the machine has stopped while nothing was synced")
         self._open = OpenItems()
         self._clean = CleanItems(self.files, self._items, self._open, clock)
         self.space = Space(
@@ -113,12 +115,16 @@ class Cache:
         return Recovery(self.files, self._journal, self._generations, keeps_partials=self._keeps_partials).run()
 
     def _poll(self, interval: float) -> None:
+        self._in_peace(self.sweep)
         while not self._clock.wait(self._closing, interval):
-            try:
-                self._clean.save_all()
-                self.evict()
-            except OSError as error:
-                logger.warning("The cache in %s: %s", self.folder, error)
+            self._in_peace(self._clean.save_all)
+            self._in_peace(self.evict)
+
+    def _in_peace(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:  # the next poll tries again
+            logger.warning("The cache in %s: %s", self.folder, error)
 
     # --- looking
 
@@ -459,6 +465,10 @@ class Cache:
     def evict(self) -> Evicted:
         """Remove clean files and partials that are too old or too many; nothing open in any process, nothing dirty."""
         return self.space.evict()
+
+    def sweep(self) -> None:
+        """Remove what a crash has left of clean files: data without a record, records without data."""
+        self.space.freed(self._clean.sweep())
 
     def usage(self) -> Usage:
         """Return what the cache takes on the disk. Looks at every file."""

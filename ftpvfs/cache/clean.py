@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,8 +14,8 @@ from ftpvfs.cache.files import DataFile, Files, Place
 from ftpvfs.cache.item import Draft, Item, new_suffix
 from ftpvfs.cache.items import Items
 from ftpvfs.cache.ranges import Range, RangeSet
-from ftpvfs.cache.records import DirtyRecord, ItemRecord, id_prefix, version_of
-from ftpvfs.cache.space import Space
+from ftpvfs.cache.records import DirtyRecord, ItemRecord, id_prefix, is_id, version_of
+from ftpvfs.cache.space import BATCH, GRACE, Space
 from ftpvfs.clock import Clock
 from ftpvfs.waiting import Wait, about_to_wait
 
@@ -211,6 +212,7 @@ class CleanItems:
 
     def keep(self, draft: Draft, entry: Entry) -> None:
         """Make an item of a file whose bytes are in the store as `entry`."""
+        self._files.sync(draft.descriptor)  # before a record says that they are here
         self._files.use(draft.descriptor, self._clock.time())
         self._files.move(draft.id, Place.INCOMING, Place.CLEAN)
         self._put_whole(draft.path, draft.id, entry)
@@ -232,6 +234,26 @@ class CleanItems:
             self._remove_file(replaced)
 
     # --- what goes
+
+    def sweep(self) -> int:
+        """Remove records without a file, and files without a record, which a crash has left; return the bytes freed."""
+        gone = [record.id for record in self._items.all() if not self._files.has(Place.CLEAN, record.id)]
+        for first in range(0, len(gone), BATCH):
+            self._items.remove_ids(gone[first : first + BATCH])
+        return sum(self._remove_orphan(entry) for entry in self._files.names(Place.CLEAN))
+
+    def _remove_orphan(self, entry: os.DirEntry[str]) -> int:
+        if is_id(entry.name) and self._items.get_by_id(entry.name) is not None:
+            return 0
+        with contextlib.suppress(FileNotFoundError):
+            if not is_id(entry.name):
+                self._files.put_in_quarantine(Place.CLEAN, entry.name, "it is none of ours")
+            elif self._clock.time() - entry.stat().st_mtime > GRACE:
+                file = self._files.claim(Place.CLEAN, entry.name)
+                if file is not None:
+                    with contextlib.closing(file):
+                        return self._files.unlink(Place.CLEAN, entry.name)
+        return 0
 
     def forget(self, path: str) -> None:
         """Drop what is cached of a path."""

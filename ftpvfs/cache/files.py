@@ -328,6 +328,19 @@ class Files:
         status = os.statvfs(self.folder)
         return status.f_bavail * status.f_frsize
 
+    def may_be_torn(self) -> bool:
+        """Note how this process syncs; tell whether the machine has stopped since somebody wrote without syncing."""
+        marker = self.folder / "unsynced"
+        boot = self.boot()
+        written = ""
+        with contextlib.suppress(FileNotFoundError):
+            written = marker.read_text(encoding="ascii", errors="replace")
+            if written != boot:
+                marker.unlink(missing_ok=True)
+        if not self._syncs:
+            marker.write_text(boot, encoding="ascii")
+        return written not in ("", boot)
+
     def boot(self) -> str:
         """Return what names this run of the machine: bytes written in it are there, synced or not; "" where unknown."""
         try:

@@ -61,7 +61,6 @@ class Evicted:
 
     removed: int = 0
     removed_partials: int = 0
-    removed_orphans: int = 0
     in_use: int = 0
     size: int = 0
 
