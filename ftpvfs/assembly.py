@@ -93,6 +93,7 @@ class Assembly:
             "abstracted_fs": type("Filesystem", (VFSFilesystem,), {"vfs": self.vfs}),
             "authorizer": self.authorizer,
             "rates": self._rates,
+            "most_sessions": {user.name: user.max_cons for user in self.config.users},
             "passive_ports": server.passive_port,
             "public_ip": server.public_ip,
             "timeout": server.idle_timeout,

@@ -164,6 +164,12 @@ def test_a_client_that_speaks_no_tls_gets_no_word_in_clear(start: Any) -> None:
         assert b"331" not in answer
 
 
+def test_a_client_that_never_begins_tls_is_left(start: Any) -> None:
+    server = start("implicit", "--login-timeout", "1s")
+    with socket.create_connection(server.address, timeout=30) as sock:
+        assert sock.recv(1000) == b""
+
+
 def test_several_listeners_serve_one_store_each_in_its_own_mode(
     launched: Any, secure: Any, served: Path, cert: Path, tmp_path: Path, ports: Any
 ) -> None:
@@ -372,6 +378,34 @@ def test_an_upload_without_close_notify_counts_only_where_asked_for(
             assert (served / "a").read_bytes() == b"new"
             assert "close_notify" in server.log()
             assert "--tls-strict-eof off" in server.log()
+
+
+@both_versions
+def test_what_comes_behind_close_notify_neither_counts_nor_cuts(
+    start: Any, secure: Any, served: Path, version: str
+) -> None:
+    server = start("explicit")
+    for size in (100, 16384, 3 * 16384 + 5):
+        ftp = secure(server, version)
+        ftp.voidcmd("TYPE I")
+        inside = ssl.MemoryBIO(), ssl.MemoryBIO()
+        host, port = ftplib.parse229(reply(ftp, "EPSV"), ftp.sock.getpeername())
+        with socket.create_connection((host, port), timeout=30) as raw:
+            assert reply(ftp, "STOR a")[:4] in {"125 ", "150 "}
+            tls = ftp.context.wrap_bio(*inside, server_hostname=HOST)
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    raw.sendall(inside[1].read())
+                    inside[0].write(raw.recv(65536))
+            tls.write(bytes(size))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.unwrap()
+            raw.sendall(inside[1].read() + bytes(40_000))  # all of it in one piece
+            assert last_reply(ftp).startswith("226 ")
+        assert (served / "a").read_bytes() == bytes(size)
 
 
 # --- other programs

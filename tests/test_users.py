@@ -19,6 +19,7 @@ from ftpvfs.authorizer import hash_password
 from ftpvfs.config import ConfigError, load
 from ftpvfs.server.auth_proxy import answer_of
 from tests.conftest import connect, download, names, program_environment, run_program, upload
+from tests.servers import wait_until
 
 CHEAP = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 
@@ -97,6 +98,36 @@ def test_a_user_may_have_a_store_of_his_own(start: Any, tmp_path: Path, served: 
         assert download(bob, "mine") == b"alice's"
     assert (own / "mine").read_bytes() == b"bob's"
     assert (served / "mine").read_bytes() == b"alice's"
+
+
+def test_a_user_has_no_more_sessions_than_he_may(start: Any) -> None:
+    server = start(
+        "[user:alice]\npassword = a\nmax_cons = 2\n[user:bob]\npassword = b\n", "--workers", "2"
+    )
+    first, second = (connect(server.address, "alice", "a") for _ in range(2))
+    assert "530 Too many sessions" in refused(server.address, "alice", "a")
+    assert "530 Authentication" in refused(server.address, "alice", "wrong")
+    connect(server.address, "bob", "b").close()
+    first.quit()
+    third = connect_again(server.address, "alice", "a")
+    second.sendcmd("USER bob")  # is not alice's any more
+    second.sendcmd("PASS b")
+    connect_again(server.address, "alice", "a").close()
+    for ftp in (second, third):
+        ftp.close()
+
+
+def connect_again(address: tuple[str, int], user: str, password: str) -> ftplib.FTP:
+    """Log in as soon as the server has noticed that others have left."""
+    clients = []
+
+    def comes_in() -> bool:
+        with contextlib.suppress(ftplib.error_perm):
+            clients.append(connect(address, user, password))
+        return bool(clients)
+
+    wait_until(comes_in)
+    return clients[0]
 
 
 def test_read_only_holds_for_all_users(start: Any) -> None:

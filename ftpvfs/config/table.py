@@ -344,9 +344,7 @@ class VFSOptions:
         "Time after its last use in which a file waits to be uploaded",
         flag="vfs-write-back",
     )
-    ack: str = option(
-        "cache", ACK, "VFS", "Where an upload is safe when it is acknowledged, in modes writes and full"
-    )
+    ack: str = option("cache", ACK, "VFS", "Where an upload is safe when it is acknowledged, in modes writes and full")
     conflict: str = option(
         "overwrite",
         CONFLICT,
@@ -449,7 +447,7 @@ class User:
     cache_name: str | None = option(
         None, NAME, "Users", "What --name is for the common backend, for the user's own", shown="from the URL"
     )
-    max_cons: int = option("0", COUNT, "Users", "Most sessions of the user at once; 0 is no limit", later=True)
+    max_cons: int = option("0", COUNT, "Users", "Most sessions of the user at once; 0 is no limit")
     bwlimit: Bandwidth = option("off", BANDWIDTH, "Users", "Bytes a second of all the user's file transfers together")
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
 

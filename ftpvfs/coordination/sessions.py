@@ -13,6 +13,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
+from hashlib import blake2b
 
 # Addresses that may be connected at once; beyond them everybody is refused.
 ADDRESSES = 65536
@@ -48,6 +49,10 @@ def network_of(ip: str) -> bytes:
             return b"6" + (int(address) >> host_bits << host_bits).to_bytes(16, "big")[: KEY - 1]
         address = address.ipv4_mapped
     return b"4" + address.packed.ljust(KEY - 1, b"\0")
+
+
+def _key_of_user(name: str) -> bytes:
+    return b"u" + blake2b(name.encode("utf-8", "surrogateescape"), digest_size=KEY - 1).digest()
 
 
 class SessionTable:
@@ -112,6 +117,30 @@ class SessionTable:
                 return
             self._words[self._count_in(row)] -= 1
             self._words[self._slot] -= 1
+            if not self._sum(row):
+                self._remove(row)
+
+    def admit_user(self, name: str, most: int) -> bool:
+        """Count a session of a user's, unless there are `most` already; tell whether it was. No total has it."""
+        key = _key_of_user(name)
+        with self._locked():
+            row = self._find(key)
+            if row is not None and self._sum(row) >= most:
+                return False
+            if row is None:
+                if self._used() == self._addresses:
+                    return False
+                row = self._append(key)
+            self._add(row + KEY + COUNT * self._slot, 1)
+        return True
+
+    def leave_user(self, name: str) -> None:
+        """Count one session of a user's less, which was admitted in this process."""
+        with self._locked():
+            row = self._find(_key_of_user(name))
+            if row is None or not self._get(row + KEY + COUNT * self._slot):
+                return
+            self._add(row + KEY + COUNT * self._slot, -1)
             if not self._sum(row):
                 self._remove(row)
 

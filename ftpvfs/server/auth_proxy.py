@@ -80,10 +80,10 @@ class _Store:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody has used it for a while."""
+        """Whether nobody has used it for a while, and nothing waits there to be stored."""
         if any(session.vfs is self.vfs and not session._closed for session in self.sessions):
             self.last_used = time.monotonic()
-        return self.last_used < time.monotonic() - KEPT
+        return self.last_used < time.monotonic() - KEPT and not self.vfs.queue()
 
 
 class _Login(NamedTuple):

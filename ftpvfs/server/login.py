@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from pyftpdlib.authorizers import AuthenticationFailed, AuthorizerError, DummyAuthorizer
 
@@ -33,6 +33,13 @@ class Login(Commands):
 
     # The user's own store, which the session's filesystem shows instead of its class's.
     vfs: VFS | None = None
+    # How many sessions a user may have at once, in all processes behind one door; those who are not in it any number.
+    most_sessions: Mapping[str, int] = {}
+    # The user in whose count this session is.
+    _counted_as = ""
+    # Others'.
+    door: Any
+    username: str
 
     def ftp_PASS(self, line: str) -> None:
         """Check the password of the user that USER named."""
@@ -47,8 +54,26 @@ class Login(Commands):
         except (AuthenticationFailed, AuthorizerError) as error:
             self.handle_auth_failed(str(error), line)
             return
+        if not self._has_room():
+            self.respond("530 Too many sessions of this user.")
+            self.username = ""
+            return
         self.vfs = account.vfs
         self.handle_auth_success(account.home, line, account.message)
+
+    def _has_room(self) -> bool:
+        """Tell whether the user may have another session, which is counted."""
+        most, door = self.most_sessions.get(self.username, 0), getattr(self, "door", None)
+        if most and door is not None:
+            if not door.table.admit_user(self.username, most):
+                return False
+            self._counted_as = self.username
+        return True
+
+    def _leave(self) -> None:
+        name, self._counted_as = self._counted_as, ""
+        if name:
+            self.door.table.leave_user(name)
 
     def _account(self, password: str) -> Account:
         authorizer = self.authorizer
@@ -68,4 +93,10 @@ class Login(Commands):
     def flush_account(self) -> None:
         """Forget who the client was."""
         super().flush_account()
+        self._leave()
         self.vfs = None
+
+    def close(self) -> None:
+        """Disconnect the client."""
+        self._leave()
+        super().close()

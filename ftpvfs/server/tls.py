@@ -218,6 +218,13 @@ class TLSControl(QuietHandshake, TLS_FTPHandler):
         if self.tls_mode == "implicit":
             super().handle()
 
+    def close_when_done(self) -> None:
+        """Close when all is said; nothing can be before TLS stands."""
+        if self._ssl_accepting:
+            self.close()
+        else:
+            super().close_when_done()
+
     def handle_max_cons(self) -> None:
         """Refuse a client too many; in implicit mode without a word, which would cost a handshake."""
         if self.tls_mode == "implicit":
