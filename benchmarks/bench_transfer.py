@@ -64,9 +64,9 @@ def _compare_download(
     bench: Benchmark, servers: Sequence[Server], bytes_wanted: int, where: str, goal: str
 ) -> None:
     name = f"download-{bytes_wanted}"
-    source = _random_file(bench.folder / name, bytes_wanted)
+    source = random_file(bench.folder / name, bytes_wanted)
     bench.store.put_file(f"files/{name}", source)
-    expected = (bytes_wanted, _sha256(source))
+    expected = (bytes_wanted, sha256_of(source))
     source.unlink()
     command = f"RETR /files/{name}"
     for server in servers:
@@ -83,8 +83,8 @@ def _compare_download(
 
 def upload(bench: Benchmark, bytes_wanted: int) -> None:
     bytes_wanted //= 2
-    source = _random_file(bench.folder / "upload", bytes_wanted)
-    expected = _sha256(source)
+    source = random_file(bench.folder / "upload", bytes_wanted)
+    expected = sha256_of(source)
     keys = (f"uploads/big-{number}" for number in itertools.count())
 
     def measure(server: Server) -> Sample:
@@ -104,13 +104,13 @@ def upload(bench: Benchmark, bytes_wanted: int) -> None:
 
 
 def small(bench: Benchmark, _bytes_wanted: int) -> None:
-    source = _random_file(bench.folder / "small", SMALL_SIZE)
+    source = random_file(bench.folder / "small", SMALL_SIZE)
     names = [f"small/file-{number:05}" for number in range(max(SMALL_FILES.values()))]
     bench.store.put_many(names, source.read_bytes())
     with ExitStack() as stack:
         servers = bench.start_all(stack)
         for server in servers:
-            if bench.digest(server, f"RETR /{names[0]}") != (SMALL_SIZE, _sha256(source)):
+            if bench.digest(server, f"RETR /{names[0]}") != (SMALL_SIZE, sha256_of(source)):
                 raise RuntimeError(f"{server.peer.name} sent other bytes than the store has")
         for connections, files in SMALL_FILES.items():
             _compare_small_downloads(bench, servers, names[:files], connections)
@@ -135,7 +135,7 @@ def _compare_small_downloads(
 def _compare_small_uploads(
     bench: Benchmark, servers: Sequence[Server], source: Path, files: int, connections: int
 ) -> None:
-    digest = _sha256(source)
+    digest = sha256_of(source)
     batches = itertools.count()
 
     def measure(server: Server) -> Sample:
@@ -163,14 +163,14 @@ def idle(bench: Benchmark, _bytes_wanted: int) -> None:
     bench.compare(subject, {peer.name: partial(measure, peer) for peer in bench.peers})
 
 
-def _random_file(path: Path, bytes_wanted: int) -> Path:
+def random_file(path: Path, bytes_wanted: int) -> Path:
     with path.open("wb") as target:
         for start in range(0, bytes_wanted, MIB):
             target.write(os.urandom(min(MIB, bytes_wanted - start)))
     return path
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     seen = hashlib.sha256()
     with path.open("rb") as source:
         while data := source.read(MIB):
