@@ -564,3 +564,12 @@ def test_a_backend_shows_where_it_is(backend: Backend, place: Store) -> None:
 def _nothing_stays(place: Store) -> Iterator[None]:
     yield
     assert place.uploads() == set()
+
+
+def test_a_range_is_handed_over_while_it_arrives(store: Store, make_backend: Callable[..., Any]) -> None:
+    data = bytes(range(256)) * 8192
+    store.write("a", data)
+    backend = make_backend(store)
+    pieces: list[bytes] = []
+    assert backend.fetch("a", 5, len(data) - 5, None, pieces.append).result(timeout=30) == []
+    assert b"".join(pieces) == data[5:-5]

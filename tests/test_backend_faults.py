@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -675,3 +676,35 @@ def test_the_bytes_of_an_upload_are_counted_from_the_first_and_given_back(
             upload.commit()
     upload.abort()
     assert backend.tuning.memory.used == 0
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_range_that_breaks_off_goes_on_where_it_was(store: Store, proxy: FaultProxy, make: MakeBackend) -> None:
+    data = bytes(range(256)) * 16384
+    store.write("a", data)
+    backend = make()
+    pieces: list[bytes] = []
+    proxy.reset_after(to_client=3 * 2**20)
+    backend.fetch("a", 0, len(data), None, pieces.append).result(timeout=30)
+    assert b"".join(pieces) == data
+    assert proxy.received < len(data) + 2**20
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_range_waits_for_who_takes_it(store: Store, proxy: FaultProxy, make: MakeBackend) -> None:
+    data = bytes(range(256)) * 32768
+    store.write("a", data)
+    backend = make()
+    pieces: list[bytes] = []
+    gate: Future[None] = Future()
+
+    def take(piece: bytes) -> Future[None]:
+        pieces.append(piece)
+        return gate
+
+    future = backend.fetch("a", 0, len(data), None, take)
+    wait_until(lambda: pieces, what="the first piece")
+    assert not future.done()
+    gate.set_result(None)
+    future.result(timeout=30)
+    assert b"".join(pieces) == data

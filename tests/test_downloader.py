@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftpvfs.backend.backend import Entry, Pieces
+from ftpvfs.backend.backend import Deliver, Entry, Pieces
+from ftpvfs.backend.capability import Capability
 from ftpvfs.backend.checksum import Checksum
 from ftpvfs.backend.chunks import ChunkPolicy
 from ftpvfs.cache.downloader import Downloads, Reader
@@ -343,15 +344,19 @@ def test_all_transfers_keep_to_one_budget_and_go_on(s3_store: Store, make: Calla
 class Answers:
     """A store that answers when a test says so, in any order."""
 
+    capability = Capability()
+
     def __init__(self, data: bytes) -> None:
         self.data = data
-        self.waiting: list[tuple[int, int, Future[Pieces]]] = []
+        self.waiting: list[tuple[int, int, Deliver | None, Future[Pieces]]] = []
         self.lock = threading.Lock()
 
-    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[Pieces]:
+    def fetch(
+        self, path: str, start: int, stop: int, fingerprint: str | None, deliver: Deliver | None = None
+    ) -> Future[Pieces]:
         future: Future[Pieces] = Future()
         with self.lock:
-            self.waiting.append((start, stop, future))
+            self.waiting.append((start, stop, deliver, future))
         return future
 
     def checksum(self, entry: Entry) -> None:
@@ -364,17 +369,21 @@ class Answers:
 
     def end(self) -> None:
         """Nobody reads any more: what was asked for is cancelled, and its callbacks have run."""
-        for _, _, future in self.waiting:
+        for *_, future in self.waiting:
             wait_until(future.cancelled, what="the requests end with the readers")
 
     def answer(self, number: int, error: OSError | None) -> None:
         with self.lock:
-            start, stop, future = self.waiting.pop(number % len(self.waiting))
+            start, stop, deliver, future = self.waiting.pop(number % len(self.waiting))
         if not future.set_running_or_notify_cancel():
             return
+        middle = (start + stop) // 2
+        pieces = [self.data[start:middle], self.data[middle:stop]]
+        if deliver is not None:
+            for piece in pieces[: 2 if error is None else 1]:
+                deliver(piece)
         if error is None:
-            middle = (start + stop) // 2
-            future.set_result([self.data[start:middle], self.data[middle:stop]])
+            future.set_result([] if deliver else pieces)
         else:
             future.set_exception(error)
 

@@ -39,6 +39,8 @@ UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}
 
 # The bytes of one range, in order.
 Pieces = list[bytes]
+# Takes one of them; returns what to await before there may be more.
+Deliver = Callable[[bytes], "Future[None] | None"]
 
 # What a file of this machine is read in, where a store has no larger parts.
 FILE_BLOCK = 2**20
@@ -251,10 +253,15 @@ class Backend(ABC):
         """Return the entry of one path; ENOENT where there is none."""
 
     @abstractmethod
-    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[Pieces]:
+    def fetch(
+        self, path: str, start: int, stop: int, fingerprint: str | None, deliver: Deliver | None = None
+    ) -> Future[Pieces]:
         """Start reading exactly [start, stop) of the version `fingerprint`; cancelling the future ends the request.
 
         The bytes come in the pieces in which they arrived: joining them would cost as much as receiving them.
+
+        `deliver` gets the pieces while they arrive, in order and each byte once, in whatever thread that is; then the
+        future gives none, and what `deliver` returns is awaited before more is read, where the store's client can.
 
         The future fails with ECHANGED when the object is no longer that version.
         """

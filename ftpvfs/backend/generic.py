@@ -27,6 +27,7 @@ from ftpvfs.backend.backend import (
     ANY,
     Backend,
     Condition,
+    Deliver,
     Entry,
     FileUpload,
     Pieces,
@@ -152,8 +153,20 @@ class GenericBackend(Backend):
         known = versions or ([str(mtime)] if mtime is not None else [])
         return Entry(name, False, size, mtime, "-".join([str(size), *known]) if known else None)
 
-    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[Pieces]:
-        return self._threads.submit(self.run, path, lambda: self._read(path, start, stop, fingerprint))
+    def fetch(
+        self, path: str, start: int, stop: int, fingerprint: str | None, deliver: Deliver | None = None
+    ) -> Future[Pieces]:
+        return self._threads.submit(self._fetch, path, start, stop, fingerprint, deliver)
+
+    def _fetch(
+        self, path: str, start: int, stop: int, fingerprint: str | None, deliver: Deliver | None
+    ) -> Pieces:
+        pieces: Pieces = self.run(path, lambda: self._read(path, start, stop, fingerprint))
+        if deliver is None:
+            return pieces
+        for piece in pieces:
+            deliver(piece)
+        return []
 
     def _read(self, path: str, start: int, stop: int, fingerprint: str | None) -> Pieces:
         if self._ignores_ranges:

@@ -26,6 +26,7 @@ from ftpvfs.backend.backend import (
     Backend,
     BlockwiseFile,
     Condition,
+    Deliver,
     Entry,
     FileUpload,
     OpenFile,
@@ -41,6 +42,8 @@ from ftpvfs.coordination.folders import may_hang
 from ftpvfs.errors import ECHANGED, failure
 
 # The name of a file on its way, where the system has no O_TMPFILE. Not listed.
+# Read, and handed over, at once.
+PIECE = 2**20
 TEMPORARY_PREFIX = ".ftpvfs-"
 TEMPORARY_SUFFIX = ".tmp"
 # Why copy_file_range refuses a pair of files that can be copied by hand.
@@ -117,19 +120,30 @@ class LocalBackend(Backend):
         with self._renamed(path):
             return _entry(paths.split(path)[1], self._stat(self.locate(path), path))
 
-    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[Pieces]:
+    def fetch(
+        self, path: str, start: int, stop: int, fingerprint: str | None, deliver: Deliver | None = None
+    ) -> Future[Pieces]:
         future: Future[Pieces] = Future()
         try:
             opened = self.open_file(path)
             try:
                 if fingerprint is not None and opened.entry.fingerprint != fingerprint:
                     raise failure(ECHANGED, path)
-                future.set_result([read_exactly(opened.fileno(), start, stop - start, path)])
+                future.set_result(self._pieces(opened, start, stop, path, deliver))
             finally:
                 opened.close()
         except OSError as error:
             future.set_exception(error)
         return future
+
+    def _pieces(self, opened: OpenFile, start: int, stop: int, path: str, deliver: Deliver | None) -> Pieces:
+        if deliver is None:
+            return [read_exactly(opened.fileno(), start, stop - start, path)]
+        for offset in range(start, stop, PIECE):
+            piece = read_exactly(opened.fileno(), offset, min(PIECE, stop - offset), path)
+            opened.verify()  # somebody may be writing into the file itself
+            deliver(piece)
+        return []
 
     def open_file(self, path: str) -> OpenFile:
         with self._renamed(path):

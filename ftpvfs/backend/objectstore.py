@@ -26,6 +26,7 @@ from ftpvfs.backend.backend import (
     ANY,
     Backend,
     Condition,
+    Deliver,
     Entry,
     FileUpload,
     Pieces,
@@ -217,8 +218,33 @@ class ObjectStoreBackend(Backend):
                 return Entry(paths.split(path)[1], is_dir=True)
         raise failure(errno.ENOENT, path)
 
-    def fetch(self, path: str, start: int, stop: int, fingerprint: str | None) -> Future[Pieces]:
-        return self.spawn(path, lambda: self.read(path, start, stop, fingerprint))
+    def fetch(
+        self, path: str, start: int, stop: int, fingerprint: str | None, deliver: Deliver | None = None
+    ) -> Future[Pieces]:
+        if deliver is None:
+            return self.spawn(path, lambda: self.read(path, start, stop, fingerprint))
+        arrived = start  # where another try goes on after one that broke
+
+        async def take(piece: bytes) -> None:
+            nonlocal arrived
+            arrived += len(piece)
+            busy = deliver(piece)
+            if busy is not None:
+                await asyncio.wrap_future(busy)
+
+        async def request() -> Pieces:
+            if arrived < stop:
+                await self.stream(path, arrived, stop, fingerprint, take)
+            return []
+
+        return self.spawn(path, request)
+
+    async def stream(
+        self, path: str, start: int, stop: int, fingerprint: str | None, take: Callable[[bytes], Awaitable[None]]
+    ) -> None:
+        """Hand over the bytes [start, stop) of one version while they arrive."""
+        for piece in await self.read(path, start, stop, fingerprint):
+            await take(piece)
 
     def ask_checksum(self, path: str, entry: Entry) -> Future[Checksum | None]:
         return self.spawn(path, lambda: self.hash_of(path, entry))

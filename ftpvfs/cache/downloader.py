@@ -32,8 +32,10 @@ from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
 
-# Written at once, and shown to the readers: a part of a long range need not wait for its end.
-WRITE_SIZE = 2**22
+# Written at once, and shown to the readers.
+WRITE_SIZE = 2**20
+# What of one range may be in memory: it is written while it arrives, and the store waits while the disk is slower.
+WINDOW = 2**22
 # How often a small object is asked for whose bytes are not what the store's hash says.
 TRIES = 3
 GONE = frozenset({ECHANGED, errno.ENOENT, errno.EINVAL})
@@ -142,22 +144,34 @@ class Stage(enum.Enum):
 
     ASKED = "on their way"
     CANCELLED = "not wanted any more"
-    HERE = "being checked and written"
+    HERE = "all here, some of them not written yet"
 
 
 class Flight:
     """One range [start, stop) under way from the store into the data file. Its Downloader's lock protects it."""
 
-    __slots__ = ("asked", "future", "owner", "stage", "start", "stop", "tries")
+    __slots__ = (
+        "arrived", "asked", "error", "future", "gate", "held", "is_landed", "jobs", "owner", "pieces", "stage",
+        "start", "stop", "tries", "unwritten",
+    )  # fmt: skip
 
-    def __init__(self, owner: Reader, start: int, stop: int) -> None:
+    def __init__(self, owner: Reader, start: int, stop: int, held: int) -> None:
         self.owner = owner
         self.start = start
         self.stop = stop
+        self.held = held  # of the memory budget
         self.stage = Stage.ASKED
         self.future: Future[Pieces] | None = None
         self.asked = 0.0
         self.tries = 0
+        # What the disk has to do: pieces that are collected, jobs that are handed over, and the bytes of both.
+        self.arrived = start
+        self.pieces: Pieces = []
+        self.jobs = 0
+        self.unwritten = 0
+        self.gate: Future[None] | None = None
+        self.error: OSError | None = None
+        self.is_landed = False  # no more will come
 
 
 class Reader:
@@ -382,10 +396,13 @@ class Downloader:
                 # What it waits for does not wait for what lies further ahead.
                 if asked >= reader.pace.streams and start > reader.position:
                     return begun
-                size = take_memory(self._memory, reader.pace.length(stop - start), is_only=not own)
-                if not size:
+                size = reader.pace.length(stop - start)
+                held = take_memory(self._memory, min(size, WINDOW), is_only=not own)
+                if not held:
                     return begun
-                flight = Flight(reader, start, start + size)
+                if held < min(size, WINDOW):
+                    size = held  # memory is scarce
+                flight = Flight(reader, start, start + size, held)
                 self._item.acquire()  # which the reader has, too, since it has not left
                 self._flights.append(flight)
                 begun.append(flight)
@@ -425,10 +442,20 @@ class Downloader:
     def _request(self, flight: Flight) -> None:
         flight.asked = self._downloads.clock.monotonic()
         self._downloads.count["requests"] += 1
+        if self._backend.capability.opens_files:
+            self._downloads.run(partial(self._fetch, flight, is_here=True))
+        else:
+            self._fetch(flight, is_here=False)
+
+    def _fetch(self, flight: Flight, *, is_here: bool) -> None:
+        """Ask for a range; `is_here`: of this machine, which gives it in this thread, one of the pool's."""
+        deliver = None if self._is_whole(flight) else partial(self._take, flight, is_here)
         try:
-            future = self._backend.fetch(self._path, flight.start, flight.stop, self._entry.fingerprint)
+            future = self._backend.fetch(
+                self._path, flight.start, flight.stop, self._entry.fingerprint, deliver
+            )
         except OSError as error:
-            self._end(flight, error)
+            self._broken(flight, error)
             return
         with self._lock:
             flight.future = future
@@ -437,45 +464,115 @@ class Downloader:
             future.cancel()
         future.add_done_callback(partial(self._arrived, flight))
 
-    def _arrived(self, flight: Flight, future: Future[Pieces]) -> None:
-        """Hand over what came to the pool, and ask for more. In the thread of the backend's event loop."""
-        flight.future = None  # the future keeps this callback, the flight and, in a circle, all the bytes
-        if future.cancelled():
-            self._end(flight, failure(errno.ECANCELED, self._path))
-            return
-        error = future.exception()
-        pieces = [] if error is not None else future.result()
-        size = flight.stop - flight.start
-        if error is None and sum(map(len, pieces)) != size:  # every later byte would stand at the wrong place
-            error = failure(errno.EIO, self._path, f"The store gave {sum(map(len, pieces))} of {size} bytes")
-        if error is not None:
-            self._end(flight, error if isinstance(error, OSError) else failure(errno.EIO, self._path, str(error)))
-            return
-        rate = size / max(self._downloads.clock.monotonic() - flight.asked, 1e-6)
+    def _is_whole(self, flight: Flight) -> bool:
+        """Tell whether a flight has all of a small object, whose bytes are checked before anybody sees them."""
+        return self._verifier is not None and self._is_small and (flight.start, flight.stop) == (0, self._item.size)
+
+    def _take(self, flight: Flight, is_here: bool, piece: bytes) -> Future[None] | None:
+        """Take a piece that has arrived; return what to await before the next one. In the store's thread."""
         with self._lock:
+            if flight.is_landed:  # it was cancelled, and the store has not heard of it yet
+                return None
+            flight.pieces.append(piece)
+            flight.unwritten += len(piece)
+            if sum(map(len, flight.pieces)) < WRITE_SIZE:
+                return None
+            job = self._collected_locked(flight)
+            if flight.unwritten >= WINDOW and not is_here:
+                flight.gate = Future()
+            gate = flight.gate
+        if is_here:
+            job()
+        else:
+            self._downloads.run(job)
+        return gate
+
+    def _collected_locked(self, flight: Flight) -> Callable[[], None]:
+        """Return the job of writing what was collected."""
+        pieces, flight.pieces = flight.pieces, []
+        start = flight.arrived
+        flight.arrived += sum(map(len, pieces))
+        flight.jobs += 1
+        return partial(self._write, flight, start, pieces)
+
+    def _arrived(self, flight: Flight, future: Future[Pieces]) -> None:
+        """Have what is left written, and ask for more. In the thread of the backend's event loop."""
+        flight.future = None  # the future keeps this callback, the flight and, in a circle, all the bytes
+        error = failure(errno.ECANCELED, self._path) if future.cancelled() else future.exception()
+        if error is not None:
+            self._broken(flight, error)
+            return
+        job: Callable[[], None] = partial(self._check, flight, future.result())
+        rate = (flight.stop - flight.start) / max(self._downloads.clock.monotonic() - flight.asked, 1e-6)
+        with self._lock:
+            if not self._is_whole(flight):
+                job = self._collected_locked(flight)
+            flight.is_landed = True
             flight.stage = Stage.HERE
             flight.owner.pace.arrived(rate)
             begun = self._plan_locked(flight.owner)
         self._start(begun)
-        self._downloads.run(partial(self._store, flight, pieces))
+        self._downloads.run(job)
 
-    def _store(self, flight: Flight, pieces: Pieces) -> None:
-        """Check, write and hash what came. In a thread of the pool."""
+    def _broken(self, flight: Flight, error: BaseException) -> None:
+        """Note that no more will come; what came is written first."""
+        known = error if isinstance(error, OSError) else failure(errno.EIO, self._path, str(error))
+        with self._lock:
+            flight.error = flight.error or known
+            flight.pieces = []
+            flight.is_landed = True
+            is_last = flight.jobs == 0
+        if is_last:
+            self._end(flight, flight.error)
+
+    # --- what came; in threads of the pool
+
+    def _write(self, flight: Flight, start: int, pieces: Pieces) -> None:
+        size = sum(map(len, pieces))
         try:
-            if self._verifier is not None and (flight.start, flight.stop) == (0, self._item.size) and self._is_small:
-                if not self._verifier.accepts(pieces):
-                    self._again(flight)
-                    return
-                self._write(flight, pieces)
-                self._item.mark_verified()
-            else:
-                self._write(flight, pieces)
-                self._hash(flight.start, pieces)
-        except OSError as error:
+            if pieces:
+                self._item.add(start, pieces)
+                self._downloads.count["bytes"] += size
+                self._wake()
+                self._hash(start, pieces)
+        except Exception as error:  # noqa: BLE001 - it belongs to the readers
+            known = error if isinstance(error, OSError) else failure(errno.EIO, self._path, str(error))
+            with self._lock:
+                flight.error = flight.error or known
+        self._written(flight, size)
+
+    def _written(self, flight: Flight, size: int) -> None:
+        with self._lock:
+            flight.jobs -= 1
+            flight.unwritten -= size
+            gate, flight.gate = flight.gate, None
+            is_last = flight.jobs == 0 and flight.is_landed
+            error = flight.error
+            future = flight.future if error is not None else None
+            if error is None and is_last and flight.arrived != flight.stop:  # later bytes would be at the wrong place
+                error = failure(errno.EIO, self._path, f"The store gave {flight.arrived - flight.start} bytes")
+        if gate is not None:
+            _finish(gate)
+        if future is not None:
+            future.cancel()  # the disk takes no more of it
+        if is_last:
             self._end(flight, error)
-        except BaseException as error:
-            self._end(flight, failure(errno.EIO, self._path, str(error)))
-            raise
+
+    def _check(self, flight: Flight, pieces: Pieces) -> None:
+        """Write all of a small object, if it is what the store has."""
+        assert self._verifier is not None
+        try:
+            if not self._verifier.accepts(pieces):
+                self._again(flight)
+                return
+            for start, group in _groups(pieces):
+                self._item.add(start, group)
+                self._wake()
+            self._item.mark_verified()
+            self._downloads.count["bytes"] += self._item.size
+        except Exception as error:  # noqa: BLE001 - it belongs to the readers
+            known = error if isinstance(error, OSError) else failure(errno.EIO, self._path, str(error))
+            self._end(flight, known)
         else:
             self._end(flight, None)
 
@@ -489,16 +586,9 @@ class Downloader:
             return
         logger.warning("%r: %s; asking again", self._path, reason)
         with self._lock:
+            flight.is_landed = False
             flight.stage = Stage.ASKED if flight.owner in self._readers else Stage.CANCELLED
         self._request(flight)
-
-    def _write(self, flight: Flight, pieces: Pieces) -> None:
-        start = flight.start
-        for group in _groups(pieces):
-            self._item.add(start, group)
-            start += sum(map(len, group))
-            self._wake()
-        self._downloads.count["bytes"] += flight.stop - flight.start
 
     def _end(self, flight: Flight, error: OSError | None) -> None:
         """Forget a flight; wake those who waited for it in vain, and let the others go on."""
@@ -510,7 +600,8 @@ class Downloader:
             if error is not None and not was_cancelled:
                 is_gone = error.errno in GONE  # then nobody gets any more of this version
                 failed = [r for r in self._readers if is_gone or flight.start <= r.position < flight.stop]
-            self._memory.give(flight.stop - flight.start)
+                failed = [r for r in failed if not self._item.ready(r.position)]
+            self._memory.give(flight.held)
             for reader in self._readers:
                 if reader not in failed and self._goes_on_locked(reader, flight, error):
                     begun += self._plan_locked(reader)
@@ -589,15 +680,15 @@ class Downloader:
             self.generation += 1
 
 
-def _groups(pieces: Pieces) -> Iterator[Pieces]:
-    """Yield the pieces in groups of about WRITE_SIZE."""
+def _groups(pieces: Pieces) -> Iterator[tuple[int, Pieces]]:
+    """Yield the pieces, which begin at 0, in groups of about WRITE_SIZE."""
     group: Pieces = []
-    size = 0
+    start = size = 0
     for piece in pieces:
         group.append(piece)
         size += len(piece)
         if size >= WRITE_SIZE:
-            yield group
-            group, size = [], 0
+            yield start, group
+            group, start, size = [], start + size, 0
     if group:
-        yield group
+        yield start, group
