@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.filesystems import AbstractedFS
+from pyftpdlib.servers import MultiprocessFTPServer
 
 from ftpvfs import paths
 from ftpvfs.backend.backend import Entry
@@ -118,7 +119,12 @@ class VFSFilesystem(AbstractedFS):
             )
         single = not hasattr(cmd_channel.server, "_start_task")
         if single and not getattr(cmd_channel, "offloads", False) and not self.vfs.core.backend.capability.opens_files:
-            self._warn_once("with a plain FTPServer a slow store stops every session; use ThreadedFTPServer")
+            self._warn_once("with a plain FTPServer a slow store stops every session; use VFSServer")
+        if isinstance(cmd_channel.server, MultiprocessFTPServer) and not self.vfs.is_served_by_parent:
+            self._warn_once(
+                "with MultiprocessFTPServer call vfs.start() before serving: what waits in the cache when a session"
+                " ends is uploaded by a process that stays"
+            )
 
     def _warn_once(self, text: str) -> None:
         with self._warning:

@@ -248,3 +248,38 @@ def test_what_an_unmodified_handler_cannot_promise_is_said_once(
         said = [record for record in caplog.records if "ADTPHandlerOfTheirs" in record.message]
         wait_until(lambda: said)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("mode", ["writes", "full"])
+def test_the_cache_modes_work_in_every_server(
+    store: Store, make_vfs: Callable[..., Any], ftp_server: Serve, server: type, mode: str
+) -> None:
+    vfs = make_vfs(store, cache_mode=mode, write_back="1s")
+    vfs.start()
+    address = ftp_server(vfs, server_class=server)
+    with connect(address) as ftp:
+        assert upload(ftp, "a", b"begin ").startswith("226 ")
+        assert upload(ftp, "a", b"and end", verb="APPE").startswith("226 ")
+    with connect(address) as ftp:
+        assert names(ftp) == {"a"}
+        assert download(ftp, "a") == b"begin and end"
+    wait_until(lambda: "a" in store.list(), timeout=30)
+    assert store.read("a") == b"begin and end"
+
+
+def test_who_asks_in_a_forked_process_learns_whether_its_parent_sees_to_what_waits(
+    local_store: Store, make_vfs: Callable[..., Any]
+) -> None:
+    started, other = (make_vfs(local_store, cache_mode="writes") for _ in range(2))
+    started.start()
+    assert answer_in_child(lambda: started.is_served_by_parent)
+    assert not answer_in_child(lambda: other.is_served_by_parent)
+
+
+def answer_in_child(question: Callable[[], bool]) -> bool:
+    """Return what a forked process answers."""
+    pid = os.fork()
+    if not pid:
+        os._exit(0 if question() else 1)
+    return os.waitpid(pid, 0)[1] == 0

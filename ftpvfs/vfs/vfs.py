@@ -94,6 +94,12 @@ class VFS:
                     core = process.core = Core(self._url, self._storage_options, self.options, self._clock)
         return core
 
+    @property
+    def is_served_by_parent(self) -> bool:
+        """Whether nothing waits in a cache, or the process that this one was forked from sees to it."""
+        others = [process.core for pid, process in self._processes.items() if pid != os.getpid()]
+        return self._mode is CacheMode.OFF or any(core is not None for core in others)
+
     def _process(self) -> _Process:
         pid = os.getpid()
         return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
