@@ -203,10 +203,13 @@ class CleanItems:
     def save_all(self) -> None:
         """Save all open items."""
         for item in self._open.all():
-            try:
-                item.save()
-            except OSError as error:
-                logger.warning("What was fetched of %r may be fetched again: %s", item.path, error)
+            if item.acquire():  # it must not be closed meanwhile
+                try:
+                    item.save()
+                except OSError as error:
+                    logger.warning("What was fetched of %r may be fetched again: %s", item.path, error)
+                finally:
+                    item.release()
 
     # --- what was written
 
@@ -265,6 +268,7 @@ class CleanItems:
 
     def rename(self, source: str, target: str, entry: Entry) -> None:
         """Let what is cached of one path be that of another, to which the store has renamed the object."""
+        self._save_open(source)
         moved = self._items.change(source, lambda old: None)
         if moved is None or moved.path != source:
             self.forget(target)
@@ -279,6 +283,16 @@ class CleanItems:
         replaced = self._items.change(target, lambda old: record)
         if replaced is not None:
             self._remove_file(replaced)
+
+    def _save_open(self, path: str) -> None:
+        """Save what is open here of a path, so that its record tells all."""
+        record = self._items.get(path)
+        item = self._open.acquire(record.id) if record is not None else None
+        if item is not None:
+            try:
+                item.save()
+            finally:
+                item.release()
 
     def _moved(self, id: str, new: str) -> bool:  # noqa: A002
         try:

@@ -42,6 +42,8 @@ class Item:
         self._file = file
         self.size = record.size
         self.mtime = record.mtime
+        # Held by the one who saves, before _lock: what was to be saved is saved when the next one gets it.
+        self._saving = threading.Lock()
         self._lock = threading.Lock()
         # Protected by _lock; path, id and is_dirty change when the file is renamed or uploaded.
         self.path = record.path
@@ -192,17 +194,18 @@ class Item:
 
     def save(self) -> None:
         """Record what is present, once it is on the disk. Nothing happens where nothing has changed."""
-        with self._lock:
-            if self._is_saved or self.is_dirty:
-                return
-            self._is_saved = True
-            present, verified = tuple(self._present), self.is_verified
-        try:
-            self._cache.save_present(self, present, verified=verified)
-        except BaseException:
+        with self._saving:
             with self._lock:
-                self._is_saved = False
-            raise
+                if self._is_saved or self.is_dirty:
+                    return
+                self._is_saved = True
+                present, verified = tuple(self._present), self.is_verified
+            try:
+                self._cache.save_present(self, present, verified=verified)
+            except BaseException:
+                with self._lock:
+                    self._is_saved = False
+                raise
 
     # --- what becomes of it; called by the cache
 
