@@ -62,7 +62,7 @@ class SessionTable:
     children do not share and which a dead process does not hold.
 
     All is words of four bytes: a total and a state for each slot, the number of rows in use, the rows. A row is an
-    address's key and a count for each slot; the rows in use stand in front.
+    address's or a user's key and a count for each slot; the rows in use stand in front.
     """
 
     def __init__(self, slots: int = 1, addresses: int = ADDRESSES) -> None:
@@ -128,19 +128,19 @@ class SessionTable:
             if row is not None and self._sum(row) >= most:
                 return False
             if row is None:
-                if self._used() == self._addresses:
+                if self._words[self._used] == self._addresses:
                     return False
                 row = self._append(key)
-            self._add(row + KEY + COUNT * self._slot, 1)
+            self._words[self._count_in(row)] += 1
         return True
 
     def leave_user(self, name: str) -> None:
         """Count one session of a user's less, which was admitted in this process."""
         with self._locked():
             row = self._find(_key_of_user(name))
-            if row is None or not self._get(row + KEY + COUNT * self._slot):
+            if row is None or not self._words[self._count_in(row)]:
                 return
-            self._add(row + KEY + COUNT * self._slot, -1)
+            self._words[self._count_in(row)] -= 1
             if not self._sum(row):
                 self._remove(row)
 
