@@ -17,13 +17,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ftpvfs.assembly import Assembly, let_in_with_any_password, warnings
 from ftpvfs.cache.bans import Bans
-from ftpvfs.config import Address, Config, ConfigError, Listener, format_address
+from ftpvfs.cache.left import left_caches
+from ftpvfs.config import Address, Config, ConfigError, Listener, format_address, format_size
 from ftpvfs.coordination.sessions import SessionTable
 from ftpvfs.metrics import Metrics
 from ftpvfs.server.limits import BACKLOG, Door, Limits
@@ -212,7 +212,12 @@ class _Server:
         service = Service(handlers, door, drain_timeout=self._config.server.drain_timeout)
         service.loop.debug_slow_turn = self._config.server.loop_slow_turn
         stores = self._assembly.vfses if first else self._assembly.vfses[:1]
-        ask = partial(_ask, stores, tell)
+
+        def ask() -> None:
+            if first:
+                _tell_of_left(self._config, stores)
+            _ask(stores, tell)
+
         threading.Thread(target=ask, name="ftpvfs-start", daemon=True).start()
         return service
 
@@ -263,6 +268,17 @@ def _read_again(assembly: Assembly) -> None:
     assembly.reload()
     assembly.forget()
     logger.info("certificates read again, all cached listings forgotten")
+
+
+def _tell_of_left(config: Config, stores: Sequence[VFS]) -> None:
+    """Warn of files in caches that nobody serves: of stores that are not served any more, or in mode off."""
+    served = [vfs.cache_folder for vfs in stores] if config.vfs.cache_mode != "off" else []
+    for left in left_caches(Path(config.vfs.cache_dir), served):
+        logger.warning(
+            "%d files (%s) and %d deletions wait in the cache %s for a store that is not served with a cache; serve it"
+            " so (--name %s, if its URL has changed), or store them with: ftpvfs cache flush",
+            left.files, format_size(left.size), left.deletions, Path(config.vfs.cache_dir) / left.name, left.name,
+        )  # fmt: skip
 
 
 def _ask(stores: Sequence[VFS], tell: Callable[..., None]) -> None:

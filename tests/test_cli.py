@@ -323,3 +323,19 @@ def test_check_config_says_ok_or_all_that_is_wrong(tmp_path):
     first, second = bad.stderr.splitlines()
     assert first.startswith(f"ftpvfs: {ini}:2: addr in [server]: '2121' has no port")
     assert second.startswith(f"ftpvfs: {ini}:3: usr in [server]: unknown key; the nearest known one is user")
+
+
+def test_files_that_wait_in_a_cache_which_nobody_serves_are_told_of(launched, tmp_path, make_vfs, local_store):
+    vfs = make_vfs(local_store, cache_mode="writes", cache_dir=tmp_path / "cache", write_back="1h", name="before")
+    with vfs.open("a", "wb") as file:
+        file.write(b"12345")
+    vfs.close()
+    for mode in ("off", "full"):
+        flags = ["--cache-dir", str(tmp_path / "cache"), "--vfs-cache-mode", mode, "--workers", "1"]
+        server = launched(local_store.root, *flags)
+        wait_until(lambda server=server: "1 files (5B)" in server.log())
+        assert "--name before" in server.log()
+        server.stop()
+    server = launched(local_store.root, *flags, "--name", "before", "--vfs-write-back", "0s")
+    wait_until(lambda: local_store.list() == {"a"})
+    assert "wait in the cache" not in server.log()

@@ -59,7 +59,7 @@ class Core:
             limit=options.read_chunk_size_limit,
             streams=options.read_chunk_streams,
         )
-        self._folder = Path(options.cache_dir) / (options.name or cache_name([protocol_of(url), self.backend.root]))
+        self.folder = Path(options.cache_dir) / (options.name or cache_name([protocol_of(url), self.backend.root]))
         self._meet_others()
         self.dirs = DirCache(
             self._list,
@@ -110,11 +110,11 @@ class Core:
         if not self.backend.capability.is_shared:
             return
         try:
-            private_folder(self._folder)
-            self._locks = PathLocks(self._folder)
-            self.feed = ChangeFeed(self._folder)
+            private_folder(self.folder)
+            self._locks = PathLocks(self.folder)
+            self.feed = ChangeFeed(self.folder)
         except OSError as error:
-            self.alone = unusable(self._folder, error)
+            self.alone = unusable(self.folder, error)
             logger.info("What other processes change is seen late: %s", self.alone)
 
     def _open_cache(self) -> CacheParts:
@@ -124,8 +124,8 @@ class Core:
                 errno.EINVAL, self.backend.display, "Only this process sees the store: --vfs-cache-mode must be off"
             )
         options = self.options
-        self._cache_feed = ChangeFeed(self._folder)
-        cache = Cache(self._folder, self.index, options, clock=self._clock, feed=self._cache_feed)
+        self._cache_feed = ChangeFeed(self.folder)
+        cache = Cache(self.folder, self.index, options, clock=self._clock, feed=self._cache_feed)
         downloads = Downloads(
             self.backend,
             self.policy,
@@ -137,7 +137,7 @@ class Core:
         writeback = WriteBack(
             cache,
             self.backend,
-            folder=self._folder,
+            folder=self.folder,
             locks=self._locks,
             options=options,
             changed=self.changed,
@@ -199,7 +199,7 @@ class Core:
             about_to_wait(Wait.DISK)
         with self._index_lock:
             if self._index is None:
-                self._index = Index(self._folder, durable=self.options.cache_sync)
+                self._index = Index(self.folder, durable=self.options.cache_sync)
             return self._index
 
     @contextlib.contextmanager

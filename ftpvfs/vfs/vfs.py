@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from ftpvfs import paths
@@ -93,6 +94,11 @@ class VFS:
                 if core is None:
                     core = process.core = Core(self._url, self._storage_options, self.options, self._clock)
         return core
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder for all that is kept of this store on this machine's disk."""
+        return self.core.folder
 
     @property
     def is_served_by_parent(self) -> bool:
