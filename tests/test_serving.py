@@ -19,6 +19,7 @@ import pytest
 
 from ftpvfs.config import Address, load
 from ftpvfs.launch import unreachable
+from tests.certificates import write_certificate
 from tests.conftest import (
     Launched,
     Store,
@@ -441,3 +442,40 @@ def test_a_transfer_keeps_its_worker_and_the_rest_of_the_program_goes_on(
         assert last_reply(one).startswith("226")
         assert reply(one, "SIZE b") == reply(other, "SIZE a") == f"213 {len(DATA)}"
     assert store.read("a") == store.read("b") == DATA
+
+
+def test_no_other_transfer_begins_while_it_stops(start: Callable[..., Launched], store: Store) -> None:
+    server = start("--workers", "1", "--drain-timeout", "60s")
+    with contextlib.closing(connect(server.address)) as ftp:
+        data = open_transfer(ftp, "STOR a")
+        data.sendall(DATA[:10])
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: _refuses(server.address))
+        assert reply(ftp, "NOOP").startswith("200")
+        assert ftp.sock is not None
+        data.close()
+        ftp.sock.sendall(b"MKD b\r\nMKD c\r\n")
+        answers = b""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := ftp.sock.recv(1000):
+                answers += piece
+    codes = [line[:3] for line in answers.split(b"\r\n") if line]
+    assert codes[-1] == b"421"
+    assert b"226" in codes
+    assert server.process.wait(20) == 0
+
+
+def test_who_never_shakes_hands_does_not_keep_it(launched: Callable[..., Launched], tmp_path: Path) -> None:
+    flags = ("--cert", str(write_certificate(tmp_path / "cert.pem")), "--tls-mode", "implicit")
+    server = launched(str(tmp_path), *flags, "--drain-timeout", "off", "--workers", "1")
+    with socket.create_connection(server.address) as silent:
+        wait_until(lambda: any(each.status == "ESTABLISHED" for each in _sockets(server)))
+        assert server.stop() == 0
+        silent.settimeout(30)
+        with contextlib.suppress(ConnectionResetError):
+            assert silent.recv(100) == b""
+
+
+def _sockets(server: Launched) -> list[Any]:
+    connections: list[Any] = psutil.Process(server.process.pid).net_connections("tcp")
+    return [each for each in connections if each.laddr.port == server.address[1]]

@@ -69,7 +69,7 @@ class SessionTable:
         self._slots = slots
         self._slot = 0
         self._thread = threading.Lock()
-        self._file, path = tempfile.mkstemp()
+        self._file, path = tempfile.mkstemp()  # for its lock alone
         os.unlink(path)
         self._close = weakref.finalize(self, os.close, self._file)
         self._used = 2 * slots
@@ -77,8 +77,7 @@ class SessionTable:
         self._row = KEY // WORD + slots
         self._addresses = addresses
         size = WORD * (self._rows + addresses * self._row)
-        os.ftruncate(self._file, size)
-        self._map = mmap.mmap(self._file, size)
+        self._map = mmap.mmap(-1, size)  # of no file: a full disk would end who writes to it
         self._words = memoryview(self._map).cast("I")
 
     @property

@@ -31,6 +31,7 @@ MOMENT = 0.001
 LONGEST_MOMENT = 0.01
 # Seconds after which the bans of other servers with the same list are known here; those of one server's at once.
 OTHERS_BANS = 1.0
+LAST_WORDS = 5.0  # seconds that a client gets to take the last reply
 BACKLOG = 1024  # connections that wait to be accepted; the system has a limit of its own
 # Bytes of commands that may wait before a client has logged in; more than one command's, or it could never end.
 MOST_PIPELINED = 4096
@@ -199,6 +200,8 @@ class Limited(FTPHandler):
     _in_dtp_queue: Any
     _out_dtp_queue: Any
 
+    # Whether it has been told to go.
+    is_dismissed = False
     # Whether the door has counted it in.
     _is_admitted = False
     _commands_before_login = 0
@@ -234,16 +237,25 @@ class Limited(FTPHandler):
             self.dismiss(refusal)
 
     def dismiss(self, refusal: Refusal) -> None:
-        """Close the session once the client has been told why."""
+        """Close the session once the client has been told why, or has not listened for a while."""
+        self.is_dismissed = True
+        if getattr(self, "_ssl_accepting", False):  # there is no way to tell it yet
+            self.close()
+            return
+        self.call_later(LAST_WORDS, self.close)
         self.respond(refusal.value)
         self.close_when_done()
 
     @property
     def is_idle(self) -> bool:
         """Whether no command runs, and no transfer."""
+        return getattr(self, "_task", None) is None and not self._is_in_transfer
+
+    @property
+    def _is_in_transfer(self) -> bool:
         channel = self.data_channel
         queued = self._in_dtp_queue is not None or self._out_dtp_queue is not None
-        return getattr(self, "_task", None) is None and not queued and not (channel is not None and channel.is_busy)
+        return queued or (channel is not None and channel.is_busy)
 
     def close(self) -> None:
         """Disconnect the client."""
@@ -255,7 +267,10 @@ class Limited(FTPHandler):
     # --- before the login
 
     def pre_process_command(self, line: str, cmd: str, arg: str) -> None:
-        """Run a command; one who does not log in may not have many."""
+        """Run a command; one who does not log in may not have many, and none is begun while the server stops."""
+        if self.door is not None and self.door.is_closing and not self._is_in_transfer:
+            self.dismiss(Refusal.CLOSING)
+            return
         if not self.authenticated:
             self._commands_before_login += 1
             if self._commands_before_login > MOST_COMMANDS:

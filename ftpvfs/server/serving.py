@@ -73,7 +73,7 @@ class Service:
     def _dismiss(self) -> None:
         """Send away whoever has nothing under way; end when nobody is left."""
         for session in list(self.door.sessions):
-            if session.is_idle:
+            if session.is_idle and not session.is_dismissed:
                 session.dismiss(Refusal.CLOSING)
         if not self.door.sessions:
             self.loop.close()
