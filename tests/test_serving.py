@@ -72,7 +72,7 @@ def clients_of(server: Launched) -> Counter[int]:
 
 
 def worker_of(server: Launched, ftp: ftplib.FTP) -> psutil.Process:
-    """The process that serves this client."""
+    """The process that serves this client, which has not left."""
     assert ftp.sock is not None
     port = ftp.sock.getsockname()[1]
     for worker in workers(server):
@@ -202,6 +202,22 @@ def test_connections_spread_evenly_over_the_workers(start: Callable[..., Launche
         assert sum(counts.values()) == 30
         assert len(counts) == 3
         assert max(counts.values()) - min(counts.values()) <= 10  # a busy machine lets one be slow for a while
+
+
+def test_a_worker_whose_clients_have_left_gets_the_next(start: Callable[..., Launched]) -> None:
+    server = start("--workers", "2")
+    with contextlib.ExitStack() as inside:
+        sessions = [inside.enter_context(contextlib.closing(connect(server.address))) for _ in range(20)]
+        left = worker_of(server, sessions[0]).pid
+        for ftp in sessions:
+            if worker_of(server, ftp).pid == left:
+                ftp.close()
+        wait_until(lambda: clients_of(server)[left] == 0)
+        before = clients_of(server)
+        for _ in range(6):
+            inside.enter_context(contextlib.closing(connect(server.address)))
+        gained = clients_of(server) - before
+        assert gained[left] > 3  # a busy machine lets it be slow once
 
 
 def test_limits_hold_over_the_workers_to_the_last_session(start: Callable[..., Launched]) -> None:

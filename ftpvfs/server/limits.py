@@ -169,9 +169,16 @@ class LimitedServer(VFSServer):
         if lead < LEAD or self._was_left:
             self._was_left = False
             return True
-        self._was_left = True
         self.pause(min(lead * MOMENT, LONGEST_MOMENT))
         return False
+
+    def resume(self) -> None:
+        """Take the connection that was left to the others, if it is still there."""
+        super().resume()
+        if not self._closed:
+            self._was_left = True
+            self.handle_accept()
+            self._was_left = False
 
     def handle_accepted(self, sock: socket.socket, addr: tuple[Any, ...]) -> Any:
         """Take a connection; where it comes from a load balancer, its client's address comes first."""

@@ -61,7 +61,11 @@ class VFSServer(FTPServer):
     def pause(self, seconds: float) -> None:
         """Take no connections for a while; they wait with the system, or are taken by another process."""
         self.modify_ioloop_events(0)
-        self.ioloop.call_later(seconds, self.modify_ioloop_events, self.ioloop.READ)
+        self.ioloop.call_later(seconds, self.resume)
+
+    def resume(self) -> None:
+        """Take connections again."""
+        self.modify_ioloop_events(self.ioloop.READ)
 
     def stop(self) -> None:
         """Close all connections and have `serve_forever` return. Any thread; a signal handler, too."""
