@@ -6,11 +6,13 @@ Exit status: 0 after SIGTERM or SIGINT, 1 where the store or the address refuses
 from __future__ import annotations
 
 import getpass
+import json
 import logging
 import logging.handlers
 import os
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 
 from ftpvfs import __version__, cachecmd
 from ftpvfs.assembly import check
@@ -117,6 +119,21 @@ class _LogFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
+class _JSONFormatter(logging.Formatter):
+    """One JSON object an entry, with rclone's keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds"),
+            "level": "notice" if record.levelno == logging.WARNING else record.levelname.lower(),
+            "msg": record.getMessage(),
+            "source": record.name,
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
 def _log_to(options: LogOptions) -> None:
     """Log this package and pyftpdlib at the level asked for; the stores' libraries only from warnings on,
     because their debug output shows credentials.
@@ -128,7 +145,8 @@ def _log_to(options: LogOptions) -> None:
             handler = logging.handlers.WatchedFileHandler(options.file)
         except OSError as error:
             raise ConfigError(f"log file {options.file!r} cannot be written: {error.strerror}") from None
-    handler.setFormatter(_LogFormatter("%(asctime)s %(levelname)s: %(message)s"))
+    as_text = _LogFormatter("%(asctime)s %(levelname)s: %(message)s")
+    handler.setFormatter(_JSONFormatter() if options.format == "json" else as_text)
     logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
     for name in ("ftpvfs", "pyftpdlib"):
         logging.getLogger(name).setLevel(level)

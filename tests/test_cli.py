@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ftplib
+import json
 import re
 import signal
 import socket
@@ -339,3 +340,13 @@ def test_files_that_wait_in_a_cache_which_nobody_serves_are_told_of(launched, tm
     server = launched(local_store.root, *flags, "--name", "before", "--vfs-write-back", "0s")
     wait_until(lambda: local_store.list() == {"a"})
     assert "wait in the cache" not in server.log()
+
+
+def test_the_log_is_json_where_asked_for(launched, folder):
+    server = launched(str(folder), "--log-format", "json", "-v", "--workers", "1")
+    with connect(server.address) as ftp:
+        upload(ftp, 'a "name" \u2603', b"x")
+    assert server.stop() == 0
+    entries = [json.loads(line) for line in server.log().splitlines()]
+    assert all(set(entry) == {"time", "level", "msg", "source"} for entry in entries)
+    assert any('STOR /a "name" \u2603' in entry["msg"] and entry["level"] == "info" for entry in entries)

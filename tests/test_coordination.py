@@ -717,3 +717,17 @@ def test_a_private_folder_is_this_users_alone(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(NotADirectoryError):
         private_folder(tmp_path / "file" / "below")
+
+
+def test_sessions_of_users_are_counted_beside_those_of_addresses():
+    table = SessionTable(slots=2, addresses=4)
+    assert table.admit("192.0.2.1") is Admission.ADMITTED
+    assert [table.admit_user("alice", 2) for _ in range(3)] == [True, True, False]
+    assert table.admit_user("bob", 1)
+    assert (table.total(), table.connected("192.0.2.1")) == (1, 1)
+    table.leave_user("alice")
+    table.leave_user("nobody")
+    assert table.admit_user("alice", 2)
+    table.give_up(0)  # what a dead process had counted
+    assert table.admit_user("bob", 1)
+    table.close()

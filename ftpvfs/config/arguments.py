@@ -16,7 +16,7 @@ COMMANDS = ("serve", "check-config", "hash-password", "cache")
 CACHE_COMMANDS = ("ls", "verify", "flush")
 
 FLAGS = {f"--{row.flag}": row for row in OPTIONS}
-OTHER_FLAGS = ("--config", "--option", "--verbose", "--version", "--help", "--json")
+OTHER_FLAGS = ("--config", "--option", "--verbose", "--use-json-log", "--version", "--help", "--json")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--option", dest="option", action="append", default=[])
     parser.add_argument("-v", "--verbose", dest="verbose", action="count", default=0)
     parser.add_argument("--json", dest="json", action="store_true", default=False)
+    parser.add_argument("--use-json-log", dest="use_json_log", action="store_true", default=False)
     parser.add_argument("--version", dest="version", action="store_true", default=False)
     parser.add_argument("-h", "--help", dest="help", action="store_true", default=False)
     return parser
@@ -97,6 +98,10 @@ def read_flags(arguments: Arguments) -> dict[str, dict[str, Any]]:
         if "level" in values.get("log", {}):
             raise ConfigError("--log-level: -v says the same; give one of them")
         values.setdefault("log", {})["level"] = "INFO" if arguments.flags["verbose"] == 1 else "DEBUG"
+    if arguments.flags["use_json_log"]:
+        if values.get("log", {}).get("format", "json") != "json":
+            raise ConfigError("--log-format: --use-json-log says otherwise; give one of them")
+        values.setdefault("log", {})["format"] = "json"
     return values
 
 

@@ -44,6 +44,7 @@ def _entries() -> list[_Entry]:
         *(_entry(row) for row in ROWS if not (row.later or row.hidden)),
         _Entry("TLS", "", "", "", "[listener:NAME] addr", "", "", LISTENERS),
         _Entry("Logging", "verbose", "v", "", "", "", "", "Log level INFO; -vv is DEBUG"),
+        _Entry("Logging", "use-json-log", "", "", "", "", "", "The same as --log-format json"),
         _entry(URL_OPTION)._replace(flag=""),
         _Entry(
             "Backend",

@@ -418,7 +418,7 @@ class LogOptions:
     level: str = option("NOTICE", LOG_LEVEL, "Logging", "Log level DEBUG, INFO, NOTICE or ERROR", flag="log-level")
     file: str = option("", PATH, "Logging", "Log to this file instead of standard error", flag="log-file")
     format: str = option(
-        "text", LOG_FORMAT, "Logging", "One line of text or one JSON object an entry", flag="log-format", later=True
+        "text", LOG_FORMAT, "Logging", "One line of text or one JSON object an entry", flag="log-format"
     )
 
 
