@@ -445,6 +445,19 @@ def test_threads_publish_at_once_and_lose_nothing(cache: Cache, opened: Callable
     assert read(again, "d3/7") == b"3-7"
 
 
+def test_a_change_that_others_could_not_be_told_of_is_made_all_the_same(
+    cache: Cache, opened: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(feed: ChangeFeed, change: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChangeFeed, "publish", refuse)
+        publish(cache, "a", b"hello")
+    assert read(cache, "a") == b"hello"
+    assert read(opened(), "a") == b"hello"
+
+
 def test_a_refused_change_does_not_hurt_those_beside_it(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     record = publish(cache, "a", b"x")

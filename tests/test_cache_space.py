@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -239,6 +240,33 @@ def test_a_full_disk_loses_nothing_acknowledged_and_makes_room_from_clean_files(
     assert cache.check() == []
     for each in (cache, index, feed):
         each.close()
+
+
+def test_a_disk_that_is_full_to_the_last_byte_stops_neither_start_nor_write_back_nor_deletion(
+    small_disk: Path, clock: MovingClock  # noqa: F811
+) -> None:
+    folder = small_disk / "cache"  # noqa: F811
+    for _ in range(2):
+        index = Index(folder)
+        cache = Cache(folder, index, VFSOptions(cache_mode="writes"), clock=clock)
+        records = [record for record in cache.all_dirty() if not record.is_tombstone]
+        if records:
+            first, second, *_ = records
+            assert cache.begin(first)
+            cache.failed(first, OSError(errno.EIO, "not yet"), due=0.0)
+            assert cache.begin(first)
+            assert cache.delete(second.path, at_store=True)
+            assert cache.uploaded(first, entry(first.path, bytes(first.size)))
+            assert cache.check() == []
+        else:
+            for number in range(20):
+                publish(cache, f"{number}", bytes(512 * KIB))
+        cache.close()
+        index.close()
+        with contextlib.suppress(OSError), open(small_disk / "fill", "ab", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    assert os.statvfs(small_disk).f_bavail == 0
 
 
 def test_the_disk_is_kept_free(small_disk: Path, clock: MovingClock) -> None:  # noqa: F811

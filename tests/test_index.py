@@ -132,7 +132,7 @@ def test_set_times_follow_a_renamed_folder(index: Index) -> None:
 def test_a_large_record_stays_in_the_one_database(folder: Path, index: Index) -> None:
     index.remember_mtimes("d", {f"file-{number}": ("v", 1.0) for number in range(20_000)})
     assert len(index.mtimes("d")) == 20_000
-    assert {path.name for path in folder.iterdir()} <= {"cache.db", "cache.db-wal", "cache.db-shm", "lock"}
+    assert {path.name for path in folder.iterdir()} <= {"cache.db", "cache.db-wal", "cache.db-shm", "lock", "ballast"}
 
 
 # --- what others may put there

@@ -66,6 +66,7 @@ class Cache:
         self.folder = folder
         self.files = files or Files(folder, syncs=options.cache_sync)
         self.count: Counter[str] = Counter()
+        self._index = index
         self._options = options
         self._clock = clock
         self._keeps_clean = options.cache_mode == "full"
@@ -119,6 +120,7 @@ class Cache:
         while not self._clock.wait(self._closing, interval):
             self._in_peace(self._clean.save_all)
             self._in_peace(self.evict)
+            self._index.keep_ballast()
 
     def _in_peace(self, work: Callable[[], object]) -> None:
         try:
@@ -382,7 +384,7 @@ class Cache:
         happened then, and the caller looks again, for an upload may just have ended.
         """
         about_to_wait(Wait.DISK)
-        is_done = self._with_room(lambda: self._dirty.delete(path, at_store=at_store))
+        is_done = self._at_any_rate(lambda: self._dirty.delete(path, at_store=at_store))
         self._outdate(path)
         return is_done
 
@@ -431,11 +433,11 @@ class Cache:
 
     def begin(self, record: DirtyRecord) -> bool:
         """Note durably, before the store is asked, that something may be there from now on; False: superseded."""
-        return self._with_room(lambda: self._dirty.begin(record))
+        return self._at_any_rate(lambda: self._dirty.begin(record))
 
     def uploaded(self, record: DirtyRecord, entry: Entry) -> bool:
         """The store has the file, as `entry`: it is clean now. False where a newer record has taken its place."""
-        if not self._with_room(lambda: self._dirty.end(record, entry.fingerprint)):
+        if not self._at_any_rate(lambda: self._dirty.end(record, entry.fingerprint)):
             return False
         if self._keeps_clean:
             try:
@@ -450,17 +452,26 @@ class Cache:
 
     def deleted(self, record: DirtyRecord) -> None:
         """The store has nothing at the path any more."""
-        if self._with_room(lambda: self._dirty.end(record, None)):
+        if self._at_any_rate(lambda: self._dirty.end(record, None)):
             self._dirty.remove_files(record)
 
     def failed(self, record: DirtyRecord, error: OSError, due: float) -> None:
         """The store could not be brought to it; it is tried again at `due` (wall time)."""
-        self._with_room(lambda: self._dirty.failed(record, error, due))
+        self._at_any_rate(lambda: self._dirty.failed(record, error, due))
 
     # --- space
 
     def _with_room(self, call: Callable[[], T]) -> T:
         return self.space.with_room(FOR_RECORDS, call)
+
+    def _at_any_rate(self, call: Callable[[], T]) -> T:
+        """Make a change that leads to more room, with the last of the disk where need be."""
+        try:
+            return self._with_room(call)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._index.drop_ballast():
+                raise
+        return call()
 
     def evict(self) -> Evicted:
         """Remove clean files and partials that are too old or too many; nothing open in any process, nothing dirty."""

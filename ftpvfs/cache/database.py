@@ -8,11 +8,13 @@ A damaged database is moved aside, with an error in the log, and a new one is be
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import logging
 import os
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +38,9 @@ LOCK_TIMEOUT = 60.0
 # diskcache would keep larger values in files beside the database, which no transaction covers.
 ALWAYS_IN_DATABASE = 2**31
 DATABASE = "cache.db"
+# What a database needs at most for some changes when the disk is full: a log of its own, and a few pages.
+BALLAST, BALLAST_SIZE = "ballast", 512 * 1024
+ROOM_FOR_SHARED_MEMORY = 64 * 1024
 # Seconds that a fork waits for a thread inside SQLite: longer than a transaction, shorter than anybody's patience.
 FORK_PATIENCE = 5.0
 # SQLite's words for when a commit is on the disk: FULL, when it returns; NORMAL, at the next checkpoint.
@@ -154,8 +159,34 @@ class Database:
 
         `damage` is what was wrong with the one that was open.
         """
+        try:
+            opened = self._open_once(damage)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self.drop_ballast():
+                raise
+            return self._open_once(damage)
+        self.keep_ballast()
+        return opened
+
+    def keep_ballast(self) -> None:
+        """Keep some space for the time when the disk is full, and dirty files must still be stored or deleted."""
+        ballast = self._folder / BALLAST
+        with contextlib.suppress(OSError):  # where there is no room for it now, there may be later
+            if not ballast.exists() and shutil.disk_usage(self._folder).free > 4 * BALLAST_SIZE:
+                ballast.write_bytes(bytes(BALLAST_SIZE))
+
+    def drop_ballast(self) -> bool:
+        """Give the space that was kept; tell whether there was some."""
+        try:
+            (self._folder / BALLAST).unlink()
+        except FileNotFoundError:
+            return False
+        logger.warning("The disk of %s is full; the last of it is used to store and delete files", self._folder)
+        return True
+
+    def _open_once(self, damage: str | None) -> tuple[Any, int]:
         private_folder(self._folder)
-        with _exclusive(self._folder), _errors():
+        with _exclusive(self._folder), _errors(self._folder):
             damage = self._damage() or (damage if self._is_in_place() else None)
             if damage is not None:
                 self._set_aside(damage)
@@ -280,7 +311,7 @@ class Database:
             return operation()  # the outermost sees to it
         self._thread.is_running = True
         try:
-            with _gate, _errors():
+            with _gate, _errors(self._folder):
                 self._reopen_if_replaced()
                 cache = self._cache
                 try:
@@ -303,7 +334,7 @@ class Database:
 
     def begin_anew(self, damage: str) -> None:
         """Set the database aside: what is in it turned out to be damaged."""
-        with _gate, _errors():
+        with _gate, _errors(self._folder):
             self._reopen(self._cache, damage)
 
     def _reopen_if_replaced(self) -> None:
@@ -358,12 +389,19 @@ def _original(stored: str) -> str:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def _errors(folder: Path) -> Iterator[None]:
     """SQLite's and diskcache's failures as OSErrors."""
     try:
         yield
     except diskcache.Timeout as error:
         raise OSError(errno.EBUSY, "The index is locked by another process") from error
     except sqlite3.Error as error:
-        code = errno.ENOSPC if FULL_DISK in str(error) else errno.EIO
+        code = errno.ENOSPC if _is_full(error, folder) else errno.EIO
         raise OSError(code, f"The index cannot be used: {error}") from error
+
+
+def _is_full(error: sqlite3.Error, folder: Path) -> bool:
+    """Tell whether the disk is full; that it cannot make its shared memory there SQLite calls an I/O error."""
+    if FULL_DISK in str(error):
+        return True
+    return "I/O error" in str(error) and shutil.disk_usage(folder).free < ROOM_FOR_SHARED_MEMORY

@@ -180,11 +180,16 @@ class Journal:
             if not isinstance(error, Exception):
                 raise
             return
+        for each in batch:
+            each.is_done = True
+        self._tell(paths)
+
+    def _tell(self, paths: list[str]) -> None:
+        """Say what has changed. It is done and durable: that nobody hears of it makes nobody's change fail."""
         try:
             self._changed(paths)
-        finally:
-            for each in batch:
-                each.is_done = True
+        except OSError as error:
+            logger.error("Changes were made and are seen late: %s", error)  # noqa: TRY400
 
     def _decide_all(self, batch: list[_Waiting[Any]]) -> list[str]:
         """Run all changes of a batch in one transaction; return which paths they changed."""
@@ -267,7 +272,7 @@ class Journal:
             return [key[len(DIRTY) :] for key in (*old, *contents) if key.startswith(DIRTY)]
 
         with self._leading:
-            self._changed(self._index.atomically(replace))
+            self._tell(self._index.atomically(replace))
 
     def begin_anew(self, damage: str) -> None:
         """Set the whole index aside; the new one begins with what was found beside the data."""

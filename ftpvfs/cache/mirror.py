@@ -66,13 +66,21 @@ class Mirror:
     def changed(self, changed: Iterable[str]) -> None:
         """Take over what this process has just committed, and tell the others."""
         for path in changed:
-            with self._lock:
-                self._set_locked(path, self._read(path))
+            self._take_over(path)
             if self._feed is not None:
                 try:
                     self._feed.publish({CHANGED: path})
                 except OSError as error:  # it is done, and on the disk; the others see it late
                     logger.error("Other processes were not told of a change: %s", error)  # noqa: TRY400
+
+    def _take_over(self, path: str) -> None:
+        with self._lock:
+            try:
+                self._set_locked(path, self._read(path))
+            except OSError as error:  # read again by the next who asks
+                logger.error("What is dirty at %r cannot be read at the moment: %s", path, error)  # noqa: TRY400
+                parent, name = paths.split(path)
+                self._make_locked(parent).stale.add(name)
 
     def doubt(self, path: str) -> None:
         """Read the path's record again: what is known of it turned out not to be true."""

@@ -33,6 +33,7 @@ BATCH = 64
 GRACE = 60.0
 # Seconds for which an upload that does not fit waits for write-back to make room. Clients give up after 20 to 60.
 PATIENCE = 15.0
+MOMENT = 1.0
 # How often who waits looks whether another process has made room.
 LOOK_AGAIN = 0.1
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -218,9 +219,11 @@ class Space:
         refused = None
         try:
             self.make_room(0)
-            waited = 0.0
+            waited = hopeless = 0.0
             while self._excess() > 0 and not self._closing.is_set():
-                if not self._dirty():
+                # What write-back has just stored is not dirty any more, and cannot be evicted for another moment.
+                hopeless = 0.0 if self._dirty() else hopeless + LOOK_AGAIN
+                if hopeless >= MOMENT:
                     refused = "The cache is full of files that are being written"
                     break
                 if waited >= PATIENCE:
