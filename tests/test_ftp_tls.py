@@ -251,7 +251,7 @@ def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("version", ["1.2", "1.3"])
 def test_curl(store: Store, serve: Serve, certificate: Path, tmp_path: Path, version: str) -> None:
     host, port = serve(store)
-    for size in (0, 1, RECORD, 3 * MIB + 1):
+    for size in (0, 1, RECORD - 1, RECORD, RECORD + 1, 3 * MIB + 1):
         data = os.urandom(size)
         (tmp_path / "sent").write_bytes(data)
         common = ["curl", "-sS", "--ssl-reqd", "--cacert", str(certificate), f"--tlsv{version}", "--tls-max", version]
@@ -267,7 +267,7 @@ def test_curl(store: Store, serve: Serve, certificate: Path, tmp_path: Path, ver
 @pytest.mark.skipif(shutil.which("lftp") is None, reason="lftp is not installed")
 def test_lftp(store: Store, serve: Serve, certificate: Path, tmp_path: Path) -> None:
     host, port = serve(store)
-    for size in (0, 1, RECORD, 3 * MIB + 1):
+    for size in (0, 1, RECORD - 1, RECORD, RECORD + 1, 3 * MIB + 1):
         data = os.urandom(size)
         (tmp_path / "sent").write_bytes(data)
         script = (

@@ -7,13 +7,14 @@ import ftplib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import argon2
 import pytest
 
-from ftpvfs import VFS, VFSAuthorizer
+from ftpvfs import VFS, VFSAuthorizer, VFSServer
 from ftpvfs.assembly import Assembly, check
 from ftpvfs.authorizer import hash_password
 from ftpvfs.config import ConfigError, load
@@ -307,6 +308,36 @@ def test_a_session_of_an_embedding_program_may_have_its_own_vfs(
     assert own.read("x") == b"alice's"
 
 
+def test_nobody_waits_while_a_password_is_checked(make_store: Any, ftp_server: Any) -> None:
+    may_go_on = threading.Event()
+
+    class Slow(VFSAuthorizer):
+        lane = "logins"  # type: ignore[assignment]
+
+        def validate_authentication(self, username: str, password: str, handler: Any) -> None:
+            if username == "slow":
+                assert may_go_on.wait(30)
+            super().validate_authentication(username, password, handler)
+
+    authorizer = Slow()
+    authorizer.add_user("slow", "s", perm="elradfmwMT")
+    authorizer.add_user("quick", "q", perm="elradfmwMT")
+    address = ftp_server(make_store("memory"), authorizer=authorizer, server_class=VFSServer)
+    with ftplib.FTP(timeout=30) as slow, ftplib.FTP(timeout=30) as gone:
+        for ftp in (slow, gone):
+            ftp.connect(*address)
+            assert ftp.sendcmd("USER slow").startswith("331 ")
+            ftp.putcmd("PASS s")
+            ftp.putcmd("PWD")  # waits in order
+        gone.close()
+        with connect(address, "quick", "q") as quick:
+            upload(quick, "a", b"x")
+            assert names(quick) == {"a"}
+        may_go_on.set()
+        assert slow.getresp().startswith("230 ")
+        assert slow.getresp().startswith("257 ")
+
+
 # --- a program that knows the users
 
 PROGRAM = """
@@ -318,6 +349,8 @@ if asked["pass"] != "pass-" + asked["user"]:
     sys.exit("wrong password " + asked["pass"])
 if asked["user"] == "broken":
     print("{'secret': 1")
+elif asked["user"] == "nowhere":
+    print(json.dumps({"type": "nosuch", "_root": ""}))
 elif asked["user"] == "odd":
     print(json.dumps({"type": "local", "_root": 5, "secret": asked["pass"]}))
 else:
@@ -360,7 +393,9 @@ def test_a_program_is_asked_once_in_a_while_and_each_time_for_what_it_refuses(pr
     assert "pass-alice" not in proxied.log()
 
 
-@pytest.mark.parametrize(("user", "reason"), [("broken", "its answer is no JSON"), ("odd", "has no _root")])
+@pytest.mark.parametrize(
+    ("user", "reason"), [("broken", "its answer is no JSON"), ("odd", "has no _root"), ("nowhere", "nosuch")]
+)
 def test_a_program_that_fails_lets_nobody_in_and_tells_no_secret(proxied: Any, user: str, reason: str) -> None:
     unknown = refused(proxied.address, "nobody", "x")
     assert refused(proxied.address, user, f"pass-{user}") == unknown

@@ -190,6 +190,10 @@ class ProxyAuthorizer(VFSAuthorizer):
             name = answer.cache_name or self._free_name(answer.url, username)
             options = dataclasses.replace(self._options, name=name)
             vfs = VFS(answer.url, storage_options=answer.storage_options, options=options)
+            try:
+                vfs.prepare()
+            except (OSError, ValueError, ImportError) as error:
+                raise self._failed(f"the store of {username!r}, {vfs.name}, cannot be used: {error}") from None
             store = self._stores[backend] = _Store(answer.url, vfs)
         store.last_used = time.monotonic()
         return store
