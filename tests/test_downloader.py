@@ -424,6 +424,23 @@ def test_readers_that_jump_about_get_their_bytes_in_whatever_order_answers_come(
             assert got == answers.data[position : position + len(got)]
 
 
+def test_a_store_whose_client_waits_for_ever_is_an_error_after_the_timeout(tmp_path: Path) -> None:
+    answers = Answers(pattern(100 * KIB))
+    cached = Cached(answers, tmp_path, SMALL, None, timeout=0.1)
+    with cached.open("a", Entry("a", is_dir=False, size=100 * KIB)) as handle:
+        with pytest.raises(OSError, match="answer") as caught:
+            handle.read()
+        assert caught.value.errno == errno.ETIMEDOUT
+        waiter = handle.pending()
+        assert waiter is not None
+        assert answers.waiting[0][-1].cancelled()
+        answers.answer(-1, None)
+        answers.answer(-1, None)
+        waiter.result(timeout=10)
+        assert handle.take(10) == answers.data[:10]
+    cached.close()
+
+
 # --- faults
 
 

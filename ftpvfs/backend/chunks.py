@@ -61,8 +61,8 @@ class Pace:
 
     @property
     def most_ahead(self) -> int:
-        """Bytes that all ranges at once have when they have grown."""
-        return self.streams * self._largest
+        """How far to ask ahead of a reader: one range more than run at once, so that none waits for the reader."""
+        return (self.streams + 1) * self._largest
 
     def length(self, left: int) -> int:
         """Return how long the next range is where `left` bytes are left to ask for."""

@@ -81,6 +81,7 @@ class Downloads:
         *,
         read_ahead: int = 0,
         verify: bool = True,
+        timeout: float | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.backend = backend
@@ -91,6 +92,10 @@ class Downloads:
         self.clock = clock
         self.count: Counter[str] = Counter()
         self._workers = Workers("ftpvfs-fill")
+        self._closing = threading.Event()
+        if timeout:
+            watch = partial(self._watch, timeout)
+            threading.Thread(target=watch, name="ftpvfs-fill-watch", daemon=True).start()
         self._lock = threading.Lock()
         # Protected by _lock: while there are readers.
         self._downloaders: dict[Fillable, Downloader] = {}
@@ -117,8 +122,7 @@ class Downloads:
             unwanted = downloader.leave(reader)
             if downloader.is_idle:
                 self._downloaders.pop(reader.item, None)
-        for future in unwanted:
-            future.cancel()
+        downloader.give_up(unwanted, failure(errno.ECANCELED, reader.path))
         reader.wake(failure(errno.ECANCELED, reader.path, "The file was closed"))
 
     def run(self, job: Callable[[], object]) -> None:
@@ -130,8 +134,18 @@ class Downloads:
         with self._lock:
             return {**self.count, "files": len(self._downloaders)}
 
+    def _watch(self, timeout: float) -> None:
+        """End requests of which nothing comes any more, for stores whose own client waits for ever."""
+        patience = 1.0 + timeout * 1.1  # who has a clock of its own is to say first what is wrong
+        while not self.clock.wait(self._closing, patience / 10):
+            with self._lock:
+                downloaders = list(self._downloaders.values())
+            for downloader in downloaders:
+                downloader.give_up_silent(self.clock.monotonic() - patience)
+
     def close(self) -> None:
         """End all requests, and wait for what is being written."""
+        self._closing.set()
         with self._lock:
             downloaders = list(self._downloaders.values())
         for downloader in downloaders:
@@ -151,8 +165,8 @@ class Flight:
     """One range [start, stop) under way from the store into the data file. Its Downloader's lock protects it."""
 
     __slots__ = (
-        "arrived", "asked", "error", "future", "gate", "held", "is_landed", "jobs", "owner", "pieces", "stage",
-        "start", "stop", "tries", "unwritten",
+        "arrived", "asked", "error", "future", "gate", "heard", "held", "is_landed", "jobs", "owner", "pieces",
+        "stage", "start", "stop", "tries", "unwritten",
     )  # fmt: skip
 
     def __init__(self, owner: Reader, start: int, stop: int, held: int) -> None:
@@ -163,6 +177,7 @@ class Flight:
         self.stage = Stage.ASKED
         self.future: Future[Pieces] | None = None
         self.asked = 0.0
+        self.heard = 0.0  # when something came of it
         self.tries = 0
         # What the disk has to do: pieces that are collected, jobs that are handed over, and the bytes of both.
         self.arrived = start
@@ -303,8 +318,8 @@ class Downloader:
         with self._lock:
             self._readers.append(reader)
 
-    def leave(self, reader: Reader) -> list[Future[Pieces]]:
-        """Remove a reader; return the requests that nobody else wants, to be cancelled."""
+    def leave(self, reader: Reader) -> list[Flight]:
+        """Remove a reader; return the flights that nobody else wants, to be given up."""
         with self._lock:
             self._readers.remove(reader)
             return self._unwanted_locked(reader)
@@ -340,16 +355,29 @@ class Downloader:
         """End all requests; whoever waits hears ECANCELED."""
         with self._lock:
             self._is_closed = True
-            futures = [self._cancel_locked(flight) for flight in self._flights if flight.stage is Stage.ASKED]
-        for future in futures:
-            if future is not None:
-                future.cancel()
+            flights = [flight for flight in self._flights if flight.stage is Stage.ASKED]
+        closed = failure(errno.ECANCELED, self._path, "The VFS was closed")
+        self.give_up(flights, closed)
         if self._verifier is not None:
             self._verifier.cancel()
-        self._fail(self._readers, failure(errno.ECANCELED, self._path, "The VFS was closed"))
+        self._fail(self._readers, closed)
 
-    def _move_locked(self, reader: Reader, offset: int) -> list[Future[Pieces]]:
-        """Note a position; return the requests of before that a jump has made useless."""
+    def give_up(self, flights: Iterable[Flight], error: OSError) -> None:
+        """End requests, whether their store hears of it or not."""
+        for flight in flights:
+            future = flight.future
+            self._broken(flight, error)
+            if future is not None:
+                future.cancel()
+
+    def give_up_silent(self, since: float) -> None:
+        """End the requests of which nothing has come since then."""
+        with self._lock:
+            silent = [each for each in self._flights if each.stage is Stage.ASKED and 0 < each.heard < since]
+        self.give_up(silent, failure(errno.ETIMEDOUT, self._path, "The store does not answer"))
+
+    def _move_locked(self, reader: Reader, offset: int) -> list[Flight]:
+        """Note a position; return the flights of before that a jump has made useless."""
         if reader.position <= offset <= max(self._reach(reader), reader.position + self._item.ready(reader.position)):
             reader.position = offset
             return []
@@ -357,24 +385,21 @@ class Downloader:
         reader.pace = Pace(self._downloads.policy)
         return self._unwanted_locked(reader)
 
-    def _unwanted_locked(self, reader: Reader) -> list[Future[Pieces]]:
-        """Cancel the reader's flights, but for those that it, or else another, will come to."""
-        futures = []
+    def _unwanted_locked(self, reader: Reader) -> list[Flight]:
+        """Return the reader's flights, but for those that it, or else another, will come to."""
+        unwanted = []
         for flight in self._flights:
             if flight.owner is reader and flight.stage is Stage.ASKED:
                 heir = next((other for other in self._readers if self._comes_to(other, flight)), None)
                 if heir is None:
-                    futures.append(self._cancel_locked(flight))
+                    flight.stage = Stage.CANCELLED
+                    unwanted.append(flight)
                 else:
                     flight.owner = heir
-        return [future for future in futures if future is not None]
+        return unwanted
 
     def _comes_to(self, reader: Reader, flight: Flight) -> bool:
         return reader.position < flight.stop and flight.start < self._reach(reader)
-
-    def _cancel_locked(self, flight: Flight) -> Future[Pieces] | None:
-        flight.stage = Stage.CANCELLED
-        return flight.future
 
     # --- what to fetch
 
@@ -433,14 +458,13 @@ class Downloader:
 
     # --- requests
 
-    def _start(self, begun: list[Flight], unwanted: Sequence[Future[Pieces]] = ()) -> None:
-        for future in unwanted:
-            future.cancel()
+    def _start(self, begun: list[Flight], unwanted: Sequence[Flight] = ()) -> None:
+        self.give_up(unwanted, failure(errno.ECANCELED, self._path))
         for flight in begun:
             self._request(flight)
 
     def _request(self, flight: Flight) -> None:
-        flight.asked = self._downloads.clock.monotonic()
+        flight.asked = flight.heard = self._downloads.clock.monotonic()
         self._downloads.count["requests"] += 1
         if self._backend.capability.opens_files:
             self._downloads.run(partial(self._fetch, flight, is_here=True))
@@ -459,8 +483,8 @@ class Downloader:
             return
         with self._lock:
             flight.future = future
-            is_cancelled = flight.stage is Stage.CANCELLED
-        if is_cancelled:
+            is_over = flight.is_landed
+        if is_over:
             future.cancel()
         future.add_done_callback(partial(self._arrived, flight))
 
@@ -473,6 +497,7 @@ class Downloader:
         with self._lock:
             if flight.is_landed:  # it was cancelled, and the store has not heard of it yet
                 return None
+            flight.heard = self._downloads.clock.monotonic()
             flight.pieces.append(piece)
             flight.unwritten += len(piece)
             if sum(map(len, flight.pieces)) < WRITE_SIZE:
@@ -505,6 +530,8 @@ class Downloader:
         job: Callable[[], None] = partial(self._check, flight, future.result())
         rate = (flight.stop - flight.start) / max(self._downloads.clock.monotonic() - flight.asked, 1e-6)
         with self._lock:
+            if flight.is_landed:
+                return
             if not self._is_whole(flight):
                 job = self._collected_locked(flight)
             flight.is_landed = True
@@ -515,9 +542,11 @@ class Downloader:
         self._downloads.run(job)
 
     def _broken(self, flight: Flight, error: BaseException) -> None:
-        """Note that no more will come; what came is written first."""
+        """Note that no more will come; what came is written first. What comes later is not looked at."""
         known = error if isinstance(error, OSError) else failure(errno.EIO, self._path, str(error))
         with self._lock:
+            if flight.is_landed:
+                return
             flight.error = flight.error or known
             flight.pieces = []
             flight.is_landed = True
@@ -562,6 +591,9 @@ class Downloader:
         """Write all of a small object, if it is what the store has."""
         assert self._verifier is not None
         try:
+            given = sum(map(len, pieces))
+            if given != self._item.size:
+                raise failure(errno.EIO, self._path, f"The store gave {given} of {self._item.size} bytes")
             if not self._verifier.accepts(pieces):
                 self._again(flight)
                 return
@@ -587,8 +619,12 @@ class Downloader:
         logger.warning("%r: %s; asking again", self._path, reason)
         with self._lock:
             flight.is_landed = False
-            flight.stage = Stage.ASKED if flight.owner in self._readers else Stage.CANCELLED
-        self._request(flight)
+            flight.stage = Stage.ASKED
+            is_wanted = any(self._comes_to(reader, flight) for reader in self._readers)
+        if is_wanted:
+            self._request(flight)
+        else:
+            self._broken(flight, failure(errno.ECANCELED, self._path))
 
     def _end(self, flight: Flight, error: OSError | None) -> None:
         """Forget a flight; wake those who waited for it in vain, and let the others go on."""

@@ -132,6 +132,7 @@ class Core:
             self.memory,
             read_ahead=options.read_ahead or 0,
             verify=not options.no_checksum,
+            timeout=options.timeout,
             clock=self._clock,
         )
         writeback = WriteBack(
