@@ -24,6 +24,7 @@ from ftpvfs.backend.checksum import Checksum
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.database import DATABASE
 from ftpvfs.cache.index import Index, cache_name
+from ftpvfs.cache.left import left_caches
 from ftpvfs.cache.records import DirtyRecord, ItemRecord, PartialRecord
 from ftpvfs.cache.writeback import WriteBack
 from ftpvfs.clock import SYSTEM_CLOCK
@@ -101,17 +102,24 @@ def _tuning(options: VFSOptions) -> Tuning:
 
 
 def _ls(places: list[Place], config: Config) -> int:
-    rows = []
+    rows, served = [], []
     for place in places:
         with place.opened() as opened:
             if opened is not None:
-                backend, cache, _ = opened
+                backend, cache, folder = opened
+                served.append(folder)
                 rows += [{"store": backend.display, **row} for row in listed(cache, SYSTEM_CLOCK.time())]
     if config.json:
         print(json.dumps(rows, indent=1))
     else:
         for line in _table(rows, with_store=len(places) > 1):
             print(line)
+    for left in left_caches(Path(config.vfs.cache_dir), served):
+        print(
+            f"Not listed: {left.name} in {config.vfs.cache_dir} has {left.files} files ({left.size} bytes) and"
+            f" {left.deletions} deletions that its store never got",
+            file=sys.stderr,
+        )
     return 0
 
 

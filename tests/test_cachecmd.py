@@ -75,6 +75,20 @@ def test_ls_shows_what_waits_and_what_is_cached(make_rig: Callable[..., Rig], lo
     assert local_store.list() == {"stored.bin"}  # looking stores nothing
 
 
+def test_ls_tells_of_caches_of_other_stores_that_hold_what_they_never_got(
+    make_rig: Callable[..., Rig], local_store: Store, run: Run, cache_dir: Path
+) -> None:
+    rig = make_rig(local_store)
+    rig.publish("waits", b"12345")
+    rig.close()
+    (folder,) = cache_dir.iterdir()
+    folder.rename(cache_dir / "renamed")
+    done = run(local_store, "ls", "--json")
+    assert (done.returncode, done.stdout) == (0, "[]\n")
+    assert "renamed" in done.stderr
+    assert "1 files (5 bytes)" in done.stderr
+
+
 def test_where_there_is_no_cache_there_is_nothing_to_show(local_store: Store, run: Run, cache_dir: Path) -> None:
     assert run(local_store, "ls", "--json").stdout == "[]\n"
     assert run(local_store, "flush").returncode == 0

@@ -94,6 +94,7 @@ class Cache:
         )
         self._clean.space = self.space
         self._dirty = DirtyFiles(self.files, self._journal, self._generations, clock, self.space.freed)
+        self._tell_what_was_found()
 
     def start(self) -> None:
         """Begin to save what is fetched and to evict, every poll interval."""
@@ -115,8 +116,24 @@ class Cache:
         """Bring files and records together after a crash; the constructor does so. Other processes may be at work."""
         return Recovery(self.files, self._journal, self._generations, keeps_partials=self._keeps_partials).run()
 
+    def _tell_what_was_found(self) -> None:
+        found = self.recovered
+        logger.debug("The cache is in %s", self.folder)
+        if found.dirty:
+            logger.info("%s: %d files are not in the store yet", self.folder, found.dirty)
+        if found.adopted or found.partials or found.removed:
+            logger.info(
+                "%s: after a crash %d whole uploads were taken up, %d interrupted ones kept, %d others removed",
+                self.folder, found.adopted, found.partials, found.removed,
+            )  # fmt: skip
+        if found.quarantined or found.lost:
+            logger.error(
+                "%s: %d files are in quarantine, %d dirty ones are lost", self.folder, found.quarantined, found.lost
+            )
+
     def _poll(self, interval: float) -> None:
         self._in_peace(self.sweep)
+        self._in_peace(self.evict)  # also to count what is there: the limits may be new
         while not self._clock.wait(self._closing, interval):
             self._in_peace(self._clean.save_all)
             self._in_peace(self.evict)

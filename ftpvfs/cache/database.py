@@ -77,7 +77,8 @@ class _ForkGate:
     def __exit__(self, *exception: object) -> None:
         with self._changed:
             self._inside -= 1
-            self._changed.notify_all()
+            if self._is_forking:
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Wait until nobody is inside; a fork is late rather than never where somebody waits for another process."""
