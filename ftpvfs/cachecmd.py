@@ -256,14 +256,16 @@ def _flush_one(place: Place, backend: Backend, cache: Cache, folder: Path) -> in
     if not cache.all_dirty():
         print(f"{backend.display}: nothing waits")
         return 0
+    locks = PathLocks(folder)
     writeback = WriteBack(
-        cache, backend, folder=folder, locks=PathLocks(folder), options=place.options, changed=_told_by_feed
+        cache, backend, folder=folder, locks=locks, options=place.options, changed=_told_by_feed
     )
     writeback.start()
     try:
         _sync_with_progress(writeback, backend.display)
     finally:
         writeback.stop()
+        locks.close()
     left = cache.all_dirty()
     for record in left:
         print(f"{record.path!r} is not stored: {record.error or 'it was written meanwhile'}", file=sys.stderr)

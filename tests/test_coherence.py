@@ -243,6 +243,52 @@ def test_who_asks_after_anothers_forget_waits_for_no_answer_that_left_before(cac
     assert mine.listing("d").names == ["a", "new"]
 
 
+def test_what_was_asked_again_hides_no_later_change_of_anybody(caches: Any) -> None:
+    """The answer was true when it left the store; it must not undo what was written since."""
+    tree, mine, theirs = caches
+    for cache in (mine, theirs):
+        assert cache.lookup("d/a").size != 5
+    arrived, release = tree.hold("stat", "d/a")
+    asking = in_thread(lambda: mine.look_again("d/a", tree.stat, believe=lambda: True))
+    assert arrived.wait(20)
+    theirs.changed("d/a", Entry("a", is_dir=False, size=5))
+    release.set()
+    asking.join()
+    assert mine.lookup("d/a").size == theirs.lookup("d/a").size == 5
+
+
+def test_what_was_asked_again_is_believed_here_and_told_to_nobody(caches: Any) -> None:
+    tree, mine, theirs = caches
+    for cache in (mine, theirs):
+        assert cache.listing("d").names == ["a"]
+    del tree.files["d/a"]
+    tree.folders.add("d")
+    with pytest.raises(FileNotFoundError):
+        mine.look_again("d/a", tree.stat, believe=lambda: False)
+    assert mine.listing("d").names == ["a"]
+    with pytest.raises(FileNotFoundError):
+        mine.look_again("d/a", tree.stat, believe=lambda: True)
+    assert mine.listing("d").names == []
+    assert theirs.listing("d").names == ["a"]
+
+
+def test_a_listing_that_leaves_after_a_question_knows_better(caches: Any) -> None:
+    tree, mine, _ = caches
+    arrived, release = tree.hold("stat", "d/a")
+    asking = in_thread(lambda: mine.look_again("d/a", tree.stat, believe=lambda: True))
+    assert arrived.wait(20)
+    listed, go_on = tree.hold("list", "d")
+    del tree.files["d/a"]
+    tree.folders.add("d")
+    listing = in_thread(lambda: mine.listing("d"))
+    assert listed.wait(20)
+    release.set()  # the older answer comes while the newer one is on its way
+    asking.join()
+    go_on.set()
+    listing.join()
+    assert mine.listing("d").names == []
+
+
 def test_without_news_nothing_is_asked_again(caches: Any) -> None:
     tree, mine, theirs = caches
     for cache in (mine, theirs):

@@ -69,8 +69,9 @@ class Rig:
         self.feed = ChangeFeed(folder)
         self.cache = Cache(folder, self.index, options, clock=clock, feed=self.feed)
         self.changes: list[tuple[str, Entry | None]] = []
+        self.locks = PathLocks(folder)
         self.writeback = WriteBack(
-            self.cache, backend, folder=folder, locks=PathLocks(folder), options=options,
+            self.cache, backend, folder=folder, locks=self.locks, options=options,
             changed=lambda path, entry: self.changes.append((path, entry)), clock=clock,
         )  # fmt: skip
         self.is_open = True
@@ -112,6 +113,7 @@ class Rig:
         problems = self.cache.check()
         self.cache.close()
         self.feed.close()
+        self.locks.close()
         self.index.close()
         assert problems == []
         return left

@@ -25,6 +25,9 @@ HAS_RANGES = sys.platform == "linux" and sys.maxsize > 2**32
 class ThreadLocks:
     """One holder of each path among the threads of this process."""
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # path -> (its lock, how many hold it or wait for it). Protected by _lock.
@@ -71,6 +74,10 @@ class PathLocks:
                 self._processes.hold(digest, held)
             yield
 
+    def close(self) -> None:
+        """Release what is open. Who holds a path goes on to hold it until they are through."""
+        self._processes.close()
+
 
 class _RangeLocks:
     """A byte of one file for each path, at the place that its digest says. Nothing is made or removed for a lock.
@@ -83,12 +90,15 @@ class _RangeLocks:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "paths.lock"
         self._lock = threading.Lock()
-        # Replaced under _lock.
-        self._file = self._opened()
+        # Protected by _lock: the file, None while nobody needs it; who hold a place of it, or wait for one.
+        self._file: LockFile | None = self._opened()
+        self._users = 0
+        self._is_closing = False
 
     def hold(self, digest: bytes, held: contextlib.ExitStack) -> None:
         """Lock the path of a digest, until `held` is left."""
-        file = self._current()
+        file = self._use()
+        held.callback(self._leave, file)
         place = int.from_bytes(digest[:8], "little") >> 2
         fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, place))
         held.callback(self._let_go, file, place)
@@ -97,14 +107,32 @@ class _RangeLocks:
         if not file.is_closed:  # by a fork: this is a child, and the lock its parent's
             fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, place))
 
-    def _current(self) -> LockFile:
-        file = self._file
-        if not file.is_closed and file.is_in_place():
+    def _use(self) -> LockFile:
+        with self._lock:
+            file = self._file
+            if file is None or file.is_closed or not file.is_in_place():
+                # Somebody has emptied the cache folder; the old file is its holders' until they are through.
+                file = self._file = self._opened()
+            self._users += 1
             return file
-        with self._lock:  # somebody has emptied the cache folder; the old file is its holders' until the end
-            if self._file is file:
-                self._file = self._opened()
-            return self._file
+
+    def _leave(self, file: LockFile) -> None:
+        if file.is_closed:  # this is a child
+            return
+        with self._lock:
+            self._users -= 1
+            self._close_unused_locked()
+
+    def close(self) -> None:
+        """Release the file as soon as nobody uses it."""
+        with self._lock:
+            self._is_closing = True
+            self._close_unused_locked()
+
+    def _close_unused_locked(self) -> None:
+        if self._is_closing and not self._users and self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _opened(self) -> LockFile:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -130,6 +158,9 @@ class _FileLocks:
     def hold(self, digest: bytes, held: contextlib.ExitStack) -> None:
         """Lock the path of a digest, until `held` is left."""
         held.callback(_remove, self._acquire(str(self._folder / digest.hex())))
+
+    def close(self) -> None:
+        """Nothing is open but what is held."""
 
     def _acquire(self, path: str) -> LockFile:
         """Lock the file; when its former holder has removed it meanwhile, the one that stands there now."""

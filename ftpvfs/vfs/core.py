@@ -179,6 +179,7 @@ class Core:
                 self._index.close()
         if self.feed is not None:
             self.feed.close()
+        self._locks.close()
 
     def background(self, name: str, work: Callable[[], None]) -> None:
         """Run `work` in a thread that ends by itself soon after `close`."""
@@ -227,6 +228,14 @@ class Core:
             self.dirs.changed(path, entry)
         else:
             self.dirs.changed(path, None if dirty.is_tombstone else local_entry(dirty))
+
+    def look_again(self, path: str) -> Entry:
+        """Ask the store for what it has at a path now, and show that unless something waits to be stored there."""
+
+        def is_clean() -> bool:
+            return self.parts is None or self.parts.cache.dirty(path) is None
+
+        return self.dirs.look_again(path, self.stat, believe=is_clean)
 
     def _timed(self, path: str, entry: Entry, mtime: float) -> Entry:
         """Return a file that was uploaded with the time that it was given here, also where the store keeps none."""

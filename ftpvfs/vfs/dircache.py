@@ -299,7 +299,7 @@ class DirCache:
         """What a request waits for. On this machine's disk only a whole folder takes long."""
         if not self._answers_at_once:
             return Wait.STORE
-        return Wait.NOTHING if kind == "stat" else Wait.DISK
+        return Wait.NOTHING if kind in {"stat", "again"} else Wait.DISK
 
     @contextlib.contextmanager
     def _interest_in(self, flight: _Flight) -> Iterator[None]:
@@ -396,6 +396,35 @@ class DirCache:
                 self._keep_single_locked(self._folder(parent), name, entry, now)
         return entry
 
+    def look_again(self, path: str, stat: Callable[[str], Entry], *, believe: Callable[[], bool]) -> Entry:
+        """Ask the store for one path by `stat`, whatever is cached. Raises ENOENT.
+
+        Where `believe` says so its answer stands here from now on, unless something was changed or listed meanwhile. It
+        is nothing that was changed here: other processes, which may know better, are told nothing.
+        """
+
+        def look(flight: _Flight) -> Entry | None:
+            try:
+                entry: Entry | None = stat(path)
+            except FileNotFoundError:
+                entry = None
+            if believe():
+                self._learn(flight, entry)
+            return entry
+
+        found: Entry | None = self._once("again", path, look, fresh=True)
+        if found is None:
+            raise failure(errno.ENOENT, path)
+        return found
+
+    def _learn(self, flight: _Flight, entry: Entry | None) -> None:
+        parent, name = paths.split(flight.path)
+        with self._lock:
+            self._land_locked(flight)
+            is_newest = name not in flight.changes and self._folder(parent).flight < flight.number
+            if flight.kept and is_newest:
+                self._changed_locked(flight.path, entry, asked=flight.number)
+
     # --- changes made here, and by others
 
     def changed(self, path: str, entry: Entry | None) -> None:
@@ -405,12 +434,14 @@ class DirCache:
             self._changed_locked(path, entry)
         self._publish({"path": path, "entry": None if entry is None else asdict(entry)})
 
-    def _changed_locked(self, path: str, entry: Entry | None) -> None:
+    def _changed_locked(self, path: str, entry: Entry | None, *, asked: int | None = None) -> None:
+        """The path is `entry` now; or was, when a flight of the number `asked` left, and later ones know better."""
         parent, name = paths.split(path)
         folder = self._folder(parent)
         old = self._entry_locked(folder, name)
         for flight in self._airborne:
-            if flight.path == (parent if flight.kind == "list" else path):
+            is_older = asked is None or flight.number < asked
+            if is_older and flight.path == (parent if flight.kind == "list" else path):
                 flight.changes[name] = entry
         if folder.entries is not None:
             if folder.listing is not None:  # somebody holds it

@@ -71,13 +71,7 @@ class Opening:
 
     def _refreshed(self, path: str) -> Entry:
         """Ask the store for the version that it has now."""
-        core = self._core
-        try:
-            version = core.stat(path)
-        except FileNotFoundError:
-            core.changed(path, None)
-            raise
-        core.changed(path, version)
+        version = self._core.look_again(path)
         if version.is_dir:
             raise failure(errno.EISDIR, path)
         return version
