@@ -588,6 +588,13 @@ def test_a_certificate_alone_means_implicit_tls_as_with_rclone():
     assert "without a certificate" in refusal("--key", "k.pem")
 
 
+def test_a_client_ca_is_refused_where_clients_could_do_without():
+    given = ["--cert", "c.pem", "--client-ca", "ca.pem"]
+    assert "nobody needs TLS to log in" in refusal(*given, "--tls-mode", "explicit")
+    for mode in ("required", "implicit"):
+        assert load([*given, "--tls-mode", mode], {}).listeners[0].tls.client_ca == "ca.pem"
+
+
 def test_who_may_log_in_is_decided_in_one_place(ini):
     path = ini("[user:alice]\npassword = a\n")
     assert "--authorizer: leaves no room for [user:alice]" in refusal("--config", path, "--authorizer", "a:B")

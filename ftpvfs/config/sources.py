@@ -134,4 +134,7 @@ def _listener(source: str, name: str, addr: Address, tls: TLSOptions) -> Listene
     if not tls.cert and (mode != "off" or tls.key or tls.client_ca):
         what = f"TLS mode {mode}" if mode != "off" else "a key or a client CA"
         raise ConfigError(f"{source}: {what} without a certificate; write --cert FILE, or cert in [tls]")
+    if tls.client_ca and mode == "explicit":
+        why = "in mode explicit nobody needs TLS to log in, nor a certificate"
+        raise ConfigError(f"{source}: a client CA, but {why}; write --tls-mode required or implicit")
     return Listener(addr, dataclasses.replace(tls, mode=mode), name)
