@@ -124,7 +124,7 @@ class Events:
             self._failed[key] = (tries, self._clock.time() + delay)
         logger.warning(
             "--on-%s for %r failed (try %d, again in %.0f s): %s",
-            event.get("event"), event.get("path"), tries, delay, error,
+            event.get("event"), event.get("path"), tries, delay, str(error),
         )  # fmt: skip
 
 

@@ -82,8 +82,10 @@ class Recovery:
                 self._quarantine(Place.DATA, name, "it is none of ours")
             elif end == BESIDE + UNFINISHED:
                 self._when_unused(Place.DATA, name, lambda name: self._files.unlink(Place.DATA, name))
-            elif end == BESIDE and stem not in known:
-                self._when_unused(Place.DATA, name, self._unknown_record)
+        # The oldest first: each is to be newer than all that the journal has had.
+        unknown = [name for name in names if name.endswith(BESIDE) and _is_unknown(name, known)]
+        for name in sorted(unknown, key=self._generation_beside):
+            self._when_unused(Place.DATA, name, self._unknown_record)
         for name in names:
             if is_id(name) and name not in known and not self._files.has(Place.DATA, name + BESIDE):
                 self._when_unused(Place.DATA, name, self._unknown_data)
@@ -96,6 +98,14 @@ class Recovery:
                 look(name)
             finally:
                 file.close()
+
+    def _generation_beside(self, name: str) -> int:
+        """Return the generation of a record beside its data; 0 where it cannot be read."""
+        try:
+            data = self._files.read_beside(Place.DATA, _parts(name)[0])
+            return 0 if data is None else DirtyRecord.from_json(data).generation
+        except ValueError:
+            return 0
 
     def _unknown_record(self, beside: str) -> None:
         """A record that the index did not have when we looked: of a change never acknowledged, or of one that ended."""
@@ -272,6 +282,11 @@ def _is_same(data: bytes, record: DirtyRecord) -> bool:
     except ValueError:
         return False
     return (beside.path, beside.generation) == (record.path, record.generation)
+
+
+def _is_unknown(name: str, known: dict[str, DirtyRecord]) -> bool:
+    stem, end = _parts(name)
+    return end == BESIDE and is_id(stem) and stem not in known
 
 
 def _parts(name: str) -> tuple[str, str]:

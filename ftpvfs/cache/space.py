@@ -37,6 +37,8 @@ MOMENT = 1.0
 # How often who waits looks whether another process has made room.
 LOOK_AGAIN = 0.1
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+# Of the disk, kept from data: without room for its records nothing could be stored, and no space ever become free.
+KEPT = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,18 @@ class Space:
 
     def write(self, file: DataFile, pieces: Sequence[bytes | memoryview], offset: int) -> None:
         """Write; where the disk is full evict and try again, then raise ENOSPC."""
+        size = sum(map(len, pieces)) + KEPT
         try:
-            self._files.pwritev(file.descriptor, pieces, offset)
+            self._put(file, pieces, offset, size)
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
-            size = sum(map(len, pieces))
-            self.with_room(size, lambda: self._files.pwritev(file.descriptor, pieces, offset))
+            self.with_room(size, lambda: self._put(file, pieces, offset, size))
+
+    def _put(self, file: DataFile, pieces: Sequence[bytes | memoryview], offset: int, need: int) -> None:
+        if self._files.free() < need:
+            raise failure(errno.ENOSPC, str(self._files.folder))
+        self._files.pwritev(file.descriptor, pieces, offset)
 
     def reserve(self, file: DataFile, size: int, more: int) -> None:
         """Take the space for a file of `size` bytes, `more` than it had; ENOSPC where there is no such room."""

@@ -127,7 +127,8 @@ class Turn:
 class Storing:
     """Brings the store to what the cache wants of it, one path at a time. Any thread.
 
-    `changed(path, entry)` says what the store has by now, `stored(record, path, entry)` that a file has got there.
+    `changed(path, entry)` says what the store has by now, before the record goes and after it; `stored(record, path,
+    entry)` says that a file has got there.
     `timed` returns the entry with the modification time that the file was given, where the store cannot keep one.
     """
 
@@ -242,6 +243,7 @@ class Storing:
     def _is_stored(self, record: DirtyRecord, entry: Entry) -> Outcome:
         entry = self._timed(record.path, entry, record.mtime)
         self._stored(record, record.path, entry)
+        self._changed(record.path, entry)  # so that nobody who is just listing sees neither the record nor the object
         is_newest = self._cache.uploaded(record, entry)
         self._forget_sent(record.path)
         self._changed(record.path, entry)
@@ -332,6 +334,7 @@ class Storing:
                 return self._is_left(record, found)
         if self._may_come_back(path):
             return Outcome.SETTLING
+        self._changed(path, None)
         self._cache.deleted(record)
         self._forget_sent(path)
         self._changed(path, None)

@@ -216,8 +216,14 @@ class WriteBack:
         """Let the leader, whichever process that is, store everything that waits now; return the time of asking."""
         now = self._clock.time()
         temporary = self._request.with_name(f"flush-{os.getpid()}-{threading.get_ident()}")
-        temporary.write_text(repr(now))
-        temporary.replace(self._request)
+        try:
+            temporary.write_text(repr(now))
+            temporary.replace(self._request)
+        except OSError as error:  # the disk is full, and who leads may be somebody else
+            logger.warning("%s: %s; what fails is tried at its own time", self._request, reason_of(error))
+            self._asked = now
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         self._bell.ring()
         return now
 
