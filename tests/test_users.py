@@ -17,8 +17,9 @@ import pytest
 from ftpvfs import VFS, VFSAuthorizer, VFSServer
 from ftpvfs.assembly import Assembly, check
 from ftpvfs.authorizer import hash_password
-from ftpvfs.config import ConfigError, load
-from ftpvfs.server.auth_proxy import answer_of
+from ftpvfs.config import ConfigError, load, vfs_options
+from ftpvfs.server import auth_proxy
+from ftpvfs.server.auth_proxy import ProxyAuthorizer, answer_of
 from tests.conftest import connect, download, names, program_environment, run_program, upload
 from tests.servers import wait_until
 
@@ -402,6 +403,40 @@ def test_a_program_that_fails_lets_nobody_in_and_tells_no_secret(proxied: Any, u
     assert reason in proxied.log()
     assert "secret" not in proxied.log()
     assert f"pass-{user}" not in proxied.log()
+
+
+class Session:
+    """What an authorizer sees of a session."""
+
+    remote_ip = "192.0.2.1"
+    vfs: Any = None
+    _closed = False
+
+    def leave(self) -> None:
+        self._closed = True
+
+    def log_in(self, authorizer: ProxyAuthorizer, user: str) -> None:
+        authorizer.validate_authentication(user, f"pass-{user}", self)
+        self.vfs = authorizer.vfs_for(user, f"pass-{user}", self)
+
+
+def test_stores_that_nobody_uses_any_more_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "users.py").write_text(PROGRAM)
+    options = vfs_options(cache_dir=str(tmp_path / "cache"))
+    authorizer = ProxyAuthorizer(f"{sys.executable} users.py", options)
+    first, second, third = Session(), Session(), Session()
+    first.log_in(authorizer, "alice")
+    second.log_in(authorizer, "bob")
+    monkeypatch.setattr(auth_proxy, "KEPT", -1.0)  # all that nobody uses has been idle for long enough
+    third.log_in(authorizer, "writer")
+    assert {vfs.name for vfs in authorizer.vfses} == {first.vfs.name, second.vfs.name, third.vfs.name}
+    first.leave()
+    third.log_in(authorizer, "reader")
+    assert first.vfs.name not in {vfs.name for vfs in authorizer.vfses}
+    assert second.vfs in authorizer.vfses
+    for vfs in authorizer.vfses:
+        vfs.close()
 
 
 def test_a_program_that_is_not_there_stops_the_start(tmp_path: Path) -> None:

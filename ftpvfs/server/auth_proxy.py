@@ -83,6 +83,7 @@ class _Store:
         """Whether nobody has used it for a while, and nothing waits there to be stored."""
         if any(session.vfs is self.vfs and not session._closed for session in self.sessions):
             self.last_used = time.monotonic()
+            return False
         return self.last_used < time.monotonic() - KEPT and not self.vfs.queue()
 
 
