@@ -100,7 +100,7 @@ def reason(error: BaseException) -> str:
     """Return what the error says, without Python's notation."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if isinstance(error, (OSError, ValueError, ImportError)):
+    if isinstance(error, (OSError, ValueError, ImportError, StartError)):
         return str(error)
     return f"{type(error).__name__}: {error}"
 
@@ -226,7 +226,7 @@ class _Server:
         try:
             vfs.prepare()
             if self._count > 1:
-                vfs.check_shared()
+                _check_shared(vfs)
         except Exception as error:
             if vfs is self._assembly.vfs:
                 raise StartError(reason(error)) from error
@@ -246,6 +246,14 @@ class _Server:
     def _reload(self) -> None:
         """Read certificates and listings again, beside the event loop. A signal handler."""
         threading.Thread(target=_read_again, args=(self._assembly,), name="ftpvfs-reload", daemon=True).start()
+
+
+def _check_shared(vfs: VFS) -> None:
+    try:
+        vfs.check_shared()
+    except OSError as error:
+        hint = "several workers need one (--cache-dir), --workers 1 does not"
+        raise StartError(f"{reason(error)}; {hint}") from error
 
 
 @contextlib.contextmanager

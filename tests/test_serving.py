@@ -140,7 +140,8 @@ def test_workers_that_could_not_see_each_others_changes_do_not_start(tmp_path: P
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "served").mkdir()
     line = refused(str(tmp_path / "served"), "--cache-dir", str(tmp_path / "file"), "--workers", "2")
-    assert "The cache folder cannot be used" in line
+    assert line.startswith("ftpvfs: The cache folder cannot be used")
+    assert "--workers 1" in line
 
 
 def test_a_refusal_of_the_store_is_an_entry_in_the_log(launched: Callable[..., Launched], seaweedfs: Any) -> None:
