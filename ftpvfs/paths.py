@@ -27,6 +27,9 @@ def normalize(ftp_path: str, cwd: str = "/") -> str:
     '/etc'
     """
     joined = ftp_path if ftp_path.startswith("/") else f"{cwd}/{ftp_path}"
+    is_normal = "//" not in joined and "/." not in joined and joined[0] == "/" and joined[-1] != "/"
+    if is_normal or joined == "/":  # nearly always
+        return joined
     return "/" + posixpath.normpath("/" + joined).lstrip("/")
 
 

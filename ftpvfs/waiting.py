@@ -59,6 +59,15 @@ def limited_to(most: Wait) -> Iterator[None]:
         _thread.most = before
 
 
+def without_waiting(call: Callable[[], T]) -> T:
+    """Make a call in which this thread may not wait at all; raises WouldWait where it would."""
+    before, _thread.most = _thread.most, Wait.NOTHING
+    try:
+        return call()
+    finally:
+        _thread.most = before
+
+
 class Job:
     """Work that a thread does for somebody who may stop wanting it. Any thread.
 

@@ -80,9 +80,11 @@ class LocalBackend(Backend):
         """Return the file's name on the disk; ELOOP where a folder on the way is a symbolic link not to be followed."""
         name = paths.key(self.root, path)
         if path and not self.tuning.follow_links:
-            parent = os.path.dirname(name)
-            if os.path.realpath(parent) != parent:
-                raise failure(errno.ELOOP, path, "Symbolic links are not followed (--copy-links follows them)")
+            # The root is no link's name, and most files lie directly in a folder or two: `realpath` would look at more.
+            parent = paths.split(path)[0]
+            for folder in [*reversed(paths.ancestors(parent)), parent] if parent else ():
+                if folder and stat.S_ISLNK(_mode(paths.key(self.root, folder))):
+                    raise failure(errno.ELOOP, path, "Symbolic links are not followed (--copy-links follows them)")
         return name
 
     def _folder(self, path: str) -> str:
@@ -241,7 +243,6 @@ class LocalFile(OpenFile):
             os.close(descriptor)
             code = errno.EISDIR if stat.S_ISDIR(info.st_mode) else errno.ENOENT
             raise failure(code, path)
-        os.set_blocking(descriptor, True)
         self.entry = _entry(paths.split(path)[1], info)
 
     def fileno(self) -> int:
@@ -406,6 +407,13 @@ class LocalFileUpload(BlockwiseFile):
 
     def pass_on(self, offset: int, count: int) -> int:
         return self._upload.copy(self._descriptor, offset, count) or super().pass_on(offset, count)
+
+
+def _mode(name: str) -> int:
+    try:
+        return os.lstat(name).st_mode
+    except OSError:  # the call that follows will say so
+        return 0
 
 
 def _entry(name: str, info: os.stat_result) -> Entry:

@@ -22,7 +22,7 @@ LONGEST_COMMAND = 2048
 # Commands that one client may have run before others get their turn.
 COMMANDS_A_TURN = 16
 # Replies that a client has not taken, before no more of its commands are run.
-MOST_REPLIES = 64
+MOST_REPLIES = 16
 
 
 class Commands(FTPHandler):
@@ -39,6 +39,8 @@ class Commands(FTPHandler):
 
     # The command that runs, on a loop on which it may park.
     _task: Task | None = None
+    # Replies that are sent together, once no more follow at once: a send costs as much as the rest of a command.
+    _replies: list[bytes] | None = None
     # Whether commands wait for the client to take its replies.
     _is_clogged = False
     # The present command is longer than any may be, and dropped to its end: its tail must not run as another.
@@ -91,6 +93,30 @@ class Commands(FTPHandler):
             self._is_clogged = False
             self._soon(self._run_commands)
 
+    def push(self, data: str) -> None:
+        """Send a reply, or several that follow each other at once together; it must not fail for the name in it."""
+        reply = data.encode(self.encoding, self.unicode_errors)
+        if self._replies is None:
+            super(FTPHandler, self).push(reply)
+        else:
+            self._replies.append(reply)
+
+    def push_with_producer(self, producer: Any) -> None:
+        """Send more than one reply's worth, behind what was said before."""
+        self.say()
+        super().push_with_producer(producer)
+
+    def close_when_done(self) -> None:
+        """Disconnect the client once it has been told all."""
+        self.say()
+        super().close_when_done()
+
+    def say(self) -> None:
+        """Send the replies that are held back."""
+        if self._replies:
+            said, self._replies = b"".join(self._replies), []
+            super(FTPHandler, self).push(said)
+
     def _listen_for(self, events: int) -> None:
         self._wanted_io_events = events | (self.ioloop.WRITE if self.producer_fifo else 0)
         self.modify_ioloop_events(self._wanted_io_events)
@@ -103,18 +129,29 @@ class Commands(FTPHandler):
             self.ioloop.call_later(0, call, _errback=self.handle_error)
 
     def _run_commands(self) -> None:
+        """Run what is complete, until one command waits."""
+        self._replies = []
+        try:
+            self._run_some()
+        finally:
+            self.say()
+            self._replies = None
+        if not self._wanted_io_events & self.ioloop.READ and not self._is_over() and self._may_read():
+            self._listen_for(self.ioloop.READ)
+
+    def _may_read(self) -> bool:
+        return not self._is_clogged and len(self.ac_in_buffer) < self.most_pipelined
+
+    def _run_some(self) -> None:
         for _ in range(COMMANDS_A_TURN):
             if self._task is not None or self._is_over():
                 return
             self._is_clogged = len(self.producer_fifo) >= MOST_REPLIES
             line = None if self._is_clogged else self._next_line()
             if line is None:
-                break
+                return
             self._run_line(line)
-        else:
-            self._soon(self._run_commands)
-        if not self._wanted_io_events & self.ioloop.READ and not self._is_over() and not self._is_clogged:
-            self._listen_for(self.ioloop.READ)
+        self._soon(self._run_commands)
 
     def _is_over(self) -> bool:
         return self._closed or self._closing or self._quit_pending
@@ -146,11 +183,11 @@ class Commands(FTPHandler):
             return
         task = self._task = offload.task(partial(self._run_command, text))
         task.start()
-        if task.dead:
+        self._abort_if_asked()
+        if task.is_over:
             self._task = None
         else:
             task.ended = self._continue
-            self._abort_if_asked()
 
     def _run_command(self, line: str) -> None:
         command = line.split(" ", 1)[0].upper()
@@ -164,7 +201,7 @@ class Commands(FTPHandler):
     def _abort_if_asked(self) -> None:
         """Give up a command that waits when an ABOR stands behind it, unless it has begun to change something."""
         task = self._task
-        if task is not None and task.may_be_aborted and asks_to_abort(self.ac_in_buffer):
+        if task is not None and task.may_be_aborted and self.ac_in_buffer and asks_to_abort(self.ac_in_buffer):
             task.abandon()
 
     # --- the end
@@ -185,6 +222,7 @@ class Commands(FTPHandler):
         """Disconnect the client; a command that waits is given up."""
         if self._closed:
             return
+        self.say()
         super().close()
         task, self._task = self._task, None
         if task is not None and task is not current_task():

@@ -8,34 +8,94 @@ blocks.
 from __future__ import annotations
 
 import errno
+import random
 import socket
 from functools import partial
 from typing import Any
 
 from pyftpdlib.handlers.ftp.dispatchers import ActiveDTP, PassiveDTP
+from pyftpdlib.ioloop import Acceptor
 from pyftpdlib.log import logger as session_logger
 
 from ftpvfs.metrics import Count
+from ftpvfs.server.loop import is_watched, leave_loop
 from ftpvfs.server.proxy_protocol import ProxyHeader
 
 
 class VFSPassiveDTP(PassiveDTP):
     """Listens for one data connection of a `VFSHandler`'s. Runs on the session's event loop."""
 
-    def listen(self, num: int) -> None:
-        """Listen; EADDRNOTAVAIL where pyftpdlib found no free port in the range and took another.
+    def __init__(self, cmd_channel: Any, extmode: bool = False) -> None:
+        """Listen and tell the client where. EADDRNOTAVAIL where no port of the range is free.
 
         EADDRINUSE means that another session has just begun to listen there: two may bind one port, one may listen.
+        pyftpdlib's own does the same with twice the system calls.
         """
-        ports = self.cmd_channel.passive_ports
+        self.cmd_channel = cmd_channel
+        self.log = cmd_channel.log
+        self.log_exception = cmd_channel.log_exception
+        Acceptor.__init__(self, ioloop=cmd_channel.ioloop)
+        host, _, *rest = cmd_channel.local_address
+        self.set_socket(_new_socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
         try:
-            if ports is not None and self.socket.getsockname()[1] not in ports:
-                self.cmd_channel.count(Count.PASSIVE_PORTS_EXHAUSTED)
-                raise OSError(errno.EADDRNOTAVAIL, "No passive port is free")
-            super().listen(num)
+            port = self._bind(host, *rest)
+            self.listen(self.backlog or cmd_channel.server.backlog)
         except OSError:
             self.close()
             raise
+        self._announce(host, port, extmode=extmode)
+        if self.timeout:
+            self.call_later(self.timeout, self.handle_timeout)
+
+    def _bind(self, host: str, *rest: int) -> int:
+        """Bind a port of the configured range, or any; return it."""
+        ports = self.cmd_channel.passive_ports
+        if ports is None:
+            self.socket.bind((host, 0, *rest))
+            return int(self.socket.getsockname()[1])
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        first = random.randrange(len(ports))
+        for number in range(len(ports)):
+            port: int = ports[(first + number) % len(ports)]
+            try:
+                self.socket.bind((host, port, *rest))
+            except OSError as error:
+                if error.errno not in {errno.EADDRINUSE, errno.EACCES, errno.EPERM}:
+                    raise
+            else:
+                return port
+        self.cmd_channel.count(Count.PASSIVE_PORTS_EXHAUSTED)
+        raise OSError(errno.EADDRNOTAVAIL, "No passive port is free")
+
+    def _announce(self, host: str, port: int, *, extmode: bool) -> None:
+        session = self.cmd_channel
+        if extmode:
+            session.respond(f"229 Entering extended passive mode (|||{port}|).")
+            return
+        told = session.masquerade_address_map.get(host) or session.masquerade_address or host
+        numbers = told.removeprefix("::ffff:").replace(".", ",")
+        session.respond(f"227 Entering passive mode ({numbers},{port // 256},{port % 256}).")
+
+    def close(self) -> None:
+        """Listen no more."""
+        if not self._closed:
+            leave_loop(self)
+            Acceptor.close(self)
+
+    def del_channel(self, map: Any = None) -> None:  # noqa: A002 - asyncore's name
+        if is_watched(self):
+            super().del_channel(map)
+
+    def take_waiting(self) -> None:
+        """Take the connection where it has come already, before the loop tells of it."""
+        try:
+            sock, address = self.socket.accept()
+        except OSError:  # none has, or the loop will find the same
+            return
+        try:
+            self.handle_accepted(sock, address)
+        except Exception:  # noqa: BLE001 - logged and answered, as the loop does
+            self.handle_error()
 
     def handle_accepted(self, sock: socket.socket, addr: tuple[Any, ...]) -> None:
         """Take the connection. One from a load balancer says first who the client is."""
@@ -74,6 +134,9 @@ class VFSPassiveDTP(PassiveDTP):
 
 class VFSActiveDTP(ActiveDTP):
     """Connects to a client of a `VFSHandler`. Runs on the session's event loop."""
+
+    def initiate_send(self) -> None:
+        """Send nothing; asyncore asks, once the connection stands, for what is no longer this object's."""
 
     def handle_connect(self) -> None:
         """Answer PORT and hand the connection over, so that what becomes of it is no matter of this object's."""
@@ -114,3 +177,10 @@ class VFSActiveDTP(ActiveDTP):
     def _answer(self, code: int, text: str) -> None:
         self.cmd_channel.respond(f"{code} {text}")
         self.cmd_channel.log_cmd(self._cmd, self._normalized_addr, code, text)
+
+
+def _new_socket(family: int) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0))
+    if made.gettimeout() != 0:
+        made.setblocking(False)
+    return made

@@ -16,7 +16,6 @@ from concurrent.futures import Future
 from typing import Any
 
 from pyftpdlib.exceptions import FilesystemError
-from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.handlers.ftp.producers import BufferedIteratorProducer
 from pyftpdlib.log import logger as session_logger
 
@@ -51,6 +50,8 @@ TRANSFERS = {"RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"}
 LS_OPTIONS = re.compile(r"-[aAlLFRrStdhn1]+(?: |$)")
 # `MDTM 20240102030405 name`, by which old clients set a time; some write fractions of seconds, in MFMT as well.
 TIME_AND_NAME = re.compile(r"(\d{14})(?:\.\d+)? +(\S.*)")
+# pyftpdlib makes a line for the log before it asks whether anybody wants to have it.
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # How often another passive port is looked for when a session was faster with the one that was found.
 PORT_TRIES = 20
 # What begins or ends a data connection waits while the outcome of the last transfer is still being found out.
@@ -97,6 +98,7 @@ class VFSHandler(Limited, PublicAddress, Login):
     _allocated = 0
     # Done when the last broken upload is put away, which may take longer than its answer.
     given_up: Future[None] | None = None
+    _local_address: tuple[Any, ...] | None = None
 
     # --- replies and the log
 
@@ -112,17 +114,15 @@ class VFSHandler(Limited, PublicAddress, Login):
         super().respond(resp, logfun)
         self._last_response = last
 
-    def push(self, data: str) -> None:
-        """Send text; a reply must not fail for the name in it."""
-        super(FTPHandler, self).push(data.encode(self.encoding, self.unicode_errors))
-
     def log(self, msg: str, logfun: Any = session_logger.info) -> None:
         """Log for the session; a name that is not UTF-8 is written with escapes."""
-        super().log(_loggable(msg), logfun)
+        if session_logger.isEnabledFor(LEVELS.get(logfun.__name__, logging.CRITICAL)):
+            super().log(_loggable(msg), logfun)
 
     def logline(self, msg: str, logfun: Any = session_logger.debug) -> None:
         """Log a command or reply."""
-        super().logline(_loggable(msg), logfun)
+        if self._log_debug:
+            super().logline(_loggable(msg), logfun)
 
     # --- commands
 
@@ -191,6 +191,8 @@ class VFSHandler(Limited, PublicAddress, Login):
 
     def _may_transfer(self) -> bool:
         """Tell whether a transfer may begin, after a word to the client where not."""
+        if self._dtp_acceptor is not None and self.data_channel is None:
+            self._dtp_acceptor.take_waiting()  # most clients connect first
         if self._is_transferring():
             self.respond("503 Another transfer is under way.")
         elif not self._expects_data():
@@ -208,6 +210,13 @@ class VFSHandler(Limited, PublicAddress, Login):
         return self.data_channel is not None or any(each is not None and not each._closed for each in coming)
 
     # --- data connections
+
+    @property
+    def local_address(self) -> tuple[Any, ...]:
+        """The address that the client has reached."""
+        if self._local_address is None:
+            self._local_address = self.socket.getsockname()
+        return self._local_address
 
     def _make_epasv(self, extmode: bool = False) -> None:
         for tries in range(PORT_TRIES, 0, -1):

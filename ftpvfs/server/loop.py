@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pyftpdlib import ioloop
 from pyftpdlib.ioloop import IOLoop
 
 from ftpvfs.server.offload import Offload
@@ -55,13 +56,23 @@ class Loop(IOLoop):  # type: ignore[misc,valid-type,unused-ignore]
     # --- from other threads
 
     def call_soon_threadsafe(self, call: Callable[..., object], *arguments: Any) -> None:
-        """Make a call on the loop's own thread, soon. Any thread; a signal handler, too."""
-        self._calls.append((call, arguments))
-        self._waker.wake()
+        """Make a call on the loop's own thread, soon; none once it is closed. Any thread; a signal handler, too."""
+        if not self._is_closed:
+            self._calls.append((call, arguments))
+            self._waker.wake()
 
     def call_soon(self, call: Callable[..., object], *arguments: Any) -> None:
         """Make a call in the next turn. The loop's own thread."""
         self._calls.append((call, arguments))
+
+    # --- what is watched
+
+    def forget(self, channel: Any) -> None:
+        """Watch a channel no more whose socket is closed next: the system then sees to its part by itself."""
+        if isinstance(self, _SYSTEM_FORGETS):
+            self.socket_map.pop(channel._fileno, None)
+        else:
+            channel.del_channel()
 
     # --- turns
 
@@ -90,6 +101,8 @@ class Loop(IOLoop):  # type: ignore[misc,valid-type,unused-ignore]
     def _served(self, timeout: float | None) -> float | None:
         self.poll(timeout)
         for _ in range(len(self._calls)):  # what they ask for in their turn is for the next one
+            if not self._calls:  # the loop was closed by one of them
+                break
             call, arguments = self._calls.popleft()
             try:
                 call(*arguments)
@@ -108,6 +121,7 @@ class Loop(IOLoop):  # type: ignore[misc,valid-type,unused-ignore]
             self._watchdog.close()
         super().close()
         self.offload.close()
+        self._calls.clear()
 
 
 class _Waker:
@@ -183,3 +197,21 @@ class _Watchdog:
 
     def close(self) -> None:
         self._is_over.set()
+
+
+_SYSTEM_FORGETS: tuple[type, ...] = (ioloop.Epoll,) if hasattr(ioloop, "Epoll") else ()
+
+
+def is_watched(channel: Any) -> bool:
+    """Tell whether a channel's loop watches it; its descriptor may be another's by now."""
+    return channel.ioloop.socket_map.get(channel._fileno) is channel
+
+
+def leave_loop(channel: Any) -> None:
+    """Have a channel's loop watch it no more, right before its socket is closed."""
+    if is_watched(channel):
+        forget = getattr(channel.ioloop, "forget", None)
+        if forget is not None:
+            forget(channel)
+        else:
+            channel.del_channel()

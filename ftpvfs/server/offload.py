@@ -1,8 +1,9 @@
 """The one bridge between the event loop and calls that wait: a task parks while a thread does the waiting.
 
 A task is work on the event loop that reads as if it could wait: a command, or the end of a transfer. It runs in a
-greenlet. What it has to wait for is first tried at once, since the caches mostly know; else it is handed to a thread of
-a *lane*, the loop goes on with others, and the task is resumed with the outcome. Outside a task everything just runs.
+greenlet, of which a few are kept, since a new one takes memory of the system. What it has to wait for is first tried at
+once, since the caches mostly know; else it is handed to a thread of a *lane*, the loop goes on with others, and the
+task is resumed with the outcome. Outside a task everything just runs.
 
 Each store has a lane of its own, so that those who wait for a dead one do not use up the threads of another.
 """
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from greenlet import getcurrent, greenlet
 
-from ftpvfs.waiting import Job, Wait, WouldWait, limited_to, working_for
+from ftpvfs.waiting import Job, Wait, WouldWait, limited_to, without_waiting, working_for
 
 if TYPE_CHECKING:
     from ftpvfs.server.loop import Loop
@@ -34,6 +35,8 @@ PASSWORDS = "passwords"
 # Threads of one lane. Those of a store wait for its answers; two hashes of a password fill two processors.
 MOST_THREADS = {DISK: 64, PASSWORDS: 2}
 MOST_STORE_THREADS = 32
+# Greenlets without a task that are kept for the next.
+KEPT_CARRIERS = 64
 # Seconds after which a thread without work ends.
 IDLE = 5.0
 # Seconds that a closing loop waits for stores to forget what was not finished.
@@ -109,6 +112,8 @@ class Offload:
         self._lanes: weakref.WeakKeyDictionary[Any, Lane] = weakref.WeakKeyDictionary()
         self._named: dict[str, Lane] = {}
         self._parked: set[Task] = set()
+        self._idle: list[_Carrier] = []
+        self.is_closed = False
         self._later: set[Future[None]] = set()
 
     @property
@@ -150,22 +155,53 @@ class Offload:
 
     def close(self) -> None:
         """Abandon all tasks that are parked; wait a little for what was to be given up at the stores."""
+        self.is_closed = True
         for task in list(self._parked):
             task.abandon()
+        while self._idle:
+            self._idle.pop().throw()
         wait(list(self._later), LAST_WORDS)
         for lane in [*self._lanes.values(), *self._named.values()]:
             lane.close()
 
 
-class Task(greenlet):
-    """Work on the event loop that may park. The loop's own thread.
+class _Carrier(greenlet):
+    """Runs one task after the other. Its parent is whoever resumed it last: there it comes back when the task parks."""
 
-    Its parent is whoever resumed it last, so that it comes back there when it parks or ends.
-    """
+    def __init__(self, offload: Offload) -> None:
+        super().__init__()
+        self._offload = offload
+        self.task: Task | None = None
+
+    def run(self) -> None:
+        """Carry tasks as long as there is room for this carrier among those that are kept."""
+        idle = self._offload._idle
+        while (task := self.task) is not None:
+            task._work()
+            task._work = _nothing  # who still has the task need not keep the session
+            task.is_over = True
+            self.task = None
+            if len(idle) < KEPT_CARRIERS and not self._offload.is_closed:
+                idle.append(self)
+                del task
+                assert self.parent is not None
+                self.parent.switch()
+
+
+def _nothing() -> None:
+    """What a task does that is over."""
+
+
+class Task:
+    """Work on the event loop that may park. The loop's own thread."""
+
+    __slots__ = ("_carrier", "_job", "_offload", "_ticket", "_work", "ended", "is_over")
 
     def __init__(self, offload: Offload, work: Callable[[], object]) -> None:
-        super().__init__(work)
         self._offload = offload
+        self._work = work
+        self._carrier: _Carrier | None = None
+        self.is_over = False
         # Called, outside of the task, once it has ended.
         self.ended: Callable[[], object] | None = None
         # What it waits for: a late answer to an earlier question finds another one here.
@@ -174,30 +210,46 @@ class Task(greenlet):
 
     def start(self) -> None:
         """Run until it parks or ends."""
-        self._switch(self.switch)
+        idle = self._offload._idle
+        carrier = self._carrier = idle.pop() if idle else _Carrier(self._offload)
+        carrier.task = self
+        self._switch(carrier, carrier.switch)
 
-    def _switch(self, switch: Callable[..., Any], *value: Any) -> None:
-        self._ticket = None
-        self._offload._parked.discard(self)
-        self.parent = getcurrent()
+    def _switch(self, carrier: _Carrier, switch: Callable[..., Any], *value: Any) -> None:
+        carrier.parent = getcurrent()
         switch(*value)
-        if self.dead and self.ended is not None:
+        if self.is_over and self.ended is not None:
             ended, self.ended = self.ended, None
             ended()
+
+    def _resume(self, *value: Any) -> None:
+        self._leave_parking(self.carrier.switch, *value)
+
+    def _leave_parking(self, switch: Callable[..., Any], *value: Any) -> None:
+        self._ticket = None
+        self._offload._parked.discard(self)
+        self._switch(self.carrier, switch, *value)
+
+    @property
+    def carrier(self) -> _Carrier:
+        """What runs it, once it has been started."""
+        assert self._carrier is not None
+        return self._carrier
 
     def _park(self, job: Job | None) -> Any:
         """Let others run until `_deliver` comes with the present ticket, or `abandon`."""
         self._job = job
         self._offload._parked.add(self)
         try:
-            assert self.parent is not None
-            return self.parent.switch()
+            parent = self.carrier.parent
+            assert parent is not None
+            return parent.switch()
         finally:
             self._job = None
 
     def _deliver(self, ticket: object, *value: Any) -> None:
         if ticket is self._ticket:
-            self._switch(self.switch, *value)
+            self._resume(*value)
 
     @property
     def is_parked(self) -> bool:
@@ -215,7 +267,7 @@ class Task(greenlet):
             return
         if self._job is not None:
             self._job.cancel()
-        self._switch(self.throw, Abandoned())
+        self._leave_parking(self.carrier.throw, Abandoned())
 
     # --- within the task
 
@@ -228,8 +280,7 @@ class Task(greenlet):
         need = Wait.STORE
         if not changes:
             try:
-                with limited_to(Wait.NOTHING):
-                    return call()
+                return without_waiting(call)
             except WouldWait as would:
                 need = would.need
         errand = _Errand(call, self, None if changes else Job())
@@ -285,7 +336,7 @@ class _Errand:
 
     def _deliver(self, outcome: Future[Any]) -> None:
         if self._task._ticket is self._ticket:
-            self._task._switch(self._task.switch, outcome)
+            self._task._resume(outcome)
         elif outcome.exception() is None:
             _discard(outcome.result())
 
@@ -299,4 +350,4 @@ def _discard(result: Any) -> None:
 def current_task() -> Task | None:
     """Return the task that runs, None outside of one."""
     current = getcurrent()
-    return current if isinstance(current, Task) else None
+    return current.task if isinstance(current, _Carrier) else None

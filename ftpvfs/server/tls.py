@@ -207,7 +207,8 @@ class TLSControl(QuietHandshake, TLS_FTPHandler):
             super().handle()
 
     def secure_connection(self, ssl_context: Any) -> None:
-        """Begin TLS; a session that is idle needs no buffers."""
+        """Begin TLS, once what belongs before it has been said; a session that is idle needs no buffers."""
+        self.say()
         super().secure_connection(ssl_context)
         if is_ssl_sock(self.socket):
             SSL._lib.SSL_set_mode(self.socket._ssl, SSL.MODE_RELEASE_BUFFERS)  # type: ignore[attr-defined]

@@ -28,11 +28,12 @@ from pyftpdlib.utils import is_ssl_sock
 
 from ftpvfs.errors import reason_of
 from ftpvfs.server.commands import asks_to_abort
+from ftpvfs.server.loop import is_watched, leave_loop
 from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
 from ftpvfs.server.source import SEND, STEP, FileSource, NetworkText, TLSSource, ViewSource
 from ftpvfs.server.throttle import Rates, Throttle
 from ftpvfs.server.tls import TLSData
-from ftpvfs.waiting import Wait, WouldWait, limited_to
+from ftpvfs.waiting import WouldWait, without_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class VFSDTPHandler(DTPHandler):
     _lastdata: int
     _resp: Any
     file_obj: Any
+    _current_io_events: int
     # Tells the filesystem that `commit` is called, so that closing alone need not publish.
     commits = True
     # Seconds for which an upload that has ended waits for the end of the control connection. A client that is killed
@@ -102,10 +104,28 @@ class VFSDTPHandler(DTPHandler):
         """Whose threads do what has to wait."""
         return getattr(self.cmd_channel.fs, "vfs", None)
 
+    def add_channel(self, map: Any = None, events: int | None = None) -> None:  # noqa: A002 - asyncore's name
+        """Be watched by the loop. Bytes, or an end, that come before the command wait in the kernel for it."""
+        if events is not None:
+            super().add_channel(map, events)
+
+    def del_channel(self, map: Any = None) -> None:  # noqa: A002 - asyncore's name
+        """Be watched no more."""
+        if is_watched(self):
+            super().del_channel(map)
+
+    def modify_ioloop_events(self, events: int, logdebug: bool = False) -> None:
+        """Be watched for these events."""
+        if self._closed:
+            return
+        if not is_watched(self):
+            self.add_channel(events=events)
+        elif events != self._current_io_events:
+            self.ioloop.modify(self._fileno, events)
+        self._current_io_events = events
+
     def readable(self) -> bool:
-        """Tell the loop whether to read. Bytes, or an end, that come before the command wait in the kernel for it."""
-        if not self._initialized:
-            self.del_channel()
+        """Tell the loop whether to read."""
         return bool(self.receive)
 
     # --- sleeping
@@ -332,10 +352,9 @@ class VFSDTPHandler(DTPHandler):
         """Tell whether there are bytes to send; where not, they are awaited, or the transfer ends here."""
         while True:
             try:
-                with limited_to(Wait.STORE if self._offload is None else Wait.NOTHING):
-                    if source.fill():
-                        return True
-                    pending = self.file_obj.pending()
+                if source.fill() if self._offload is None else without_waiting(source.fill):
+                    return True
+                pending = self.file_obj.pending()
             except WouldWait:
                 self._catch_up()
                 return False
@@ -373,8 +392,7 @@ class VFSDTPHandler(DTPHandler):
             self._settled(self.file_obj.verify)
         else:
             try:
-                with limited_to(Wait.NOTHING):
-                    self.file_obj.verify()
+                without_waiting(self.file_obj.verify)
             except WouldWait:
                 self._settle(self.file_obj.verify)
             except OSError as error:
@@ -412,7 +430,9 @@ class VFSDTPHandler(DTPHandler):
 
     def handle_timeout(self) -> None:
         """Called every `timeout` seconds. A transfer that stands still ends; the session goes on."""
-        if self.get_transmitted_bytes() > self._lastdata:
+        if not self.is_busy:
+            self._lastdata = -1  # its time begins with the command
+        elif self.get_transmitted_bytes() > self._lastdata:
             self._lastdata = self.get_transmitted_bytes()
         elif self.stage is Stage.MOVING:
             self.break_off(f"Nothing moved for {self.timeout} seconds")
@@ -442,6 +462,7 @@ class VFSDTPHandler(DTPHandler):
         """
         if self._closed or self.stage is Stage.SETTLING:
             return
+        leave_loop(self)
         AsyncChat.close(self)  # RFC 959 wants it before the reply
         if self._idler is not None and not self._idler.cancelled:
             self._idler.cancel()
@@ -505,6 +526,12 @@ class TLS_VFSDTPHandler(TLSData, VFSDTPHandler):
     def recv(self, buffer_size: int) -> bytes:
         """Return what has arrived, empty at a clean end. Raises OSError where the connection broke."""
         return (TLSData if is_ssl_sock(self.socket) else VFSDTPHandler).recv(self, buffer_size)
+
+    def secure_connection(self, ssl_context: Any) -> None:
+        """Begin TLS; the client's part of the handshake comes before the command, or after it."""
+        super().secure_connection(ssl_context)
+        if self._ssl_accepting and not self._closed:
+            self.modify_ioloop_events(self.ioloop.READ)
 
     def handle_close(self) -> None:
         VFSDTPHandler.handle_close(self)
