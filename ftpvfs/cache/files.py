@@ -18,6 +18,7 @@ import fcntl
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,13 +65,15 @@ class DataFile:
         if descriptor >= 0:
             os.close(descriptor)
 
+    __del__ = close  # who is forgotten holds nothing
+
     @property
     def is_closed(self) -> bool:
         """Whether it was closed, or came here by a fork."""
         return self.descriptor < 0
 
 
-_open: set[DataFile] = set()
+_open: weakref.WeakSet[DataFile] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
