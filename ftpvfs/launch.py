@@ -164,7 +164,6 @@ class _Server:
             """Drain; a second signal ends the process at once, should draining be blocked."""
             for each in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(each, signal.SIG_DFL)
-            logger.info("stopping: signal %d", number)
             self._notify.stopping()
             service.drain()
 

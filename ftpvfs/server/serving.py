@@ -60,6 +60,7 @@ class Service:
     def _drain(self) -> None:
         if self.door.is_closing:
             return
+        logger.info("stopping: nobody is let in any more, %d sessions are there", len(self.door.sessions))
         self.door.is_closing = True
         self.door.table.set_accepting(False)
         for server in self._servers:
