@@ -689,8 +689,9 @@ class Downloader:
 
     def _follow(self) -> None:
         if self._verifier is not None and not self._item.is_verified:
-            self._verifier.follow()
-            if self._verifier.is_finished:
+            if self._verifier.follow():
+                self._downloads.run(self._follow)  # behind what others have to do
+            elif self._verifier.is_finished:
                 self.verify()
 
     def _hash(self, start: int, pieces: Pieces) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -11,12 +12,15 @@ from typing import Protocol
 
 from ftpvfs.backend.backend import Backend, Entry
 from ftpvfs.backend.checksum import Checksum, Hasher
+from ftpvfs.errors import failure
 from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
 
 # Read back from the data file at once, where bytes did not come in their order.
-STEP = 2**22
+STEP = 2**20
+# Hashed in one go, before others have their turn in the same thread.
+TURN = 2**25
 
 
 class Readable(Protocol):
@@ -86,15 +90,22 @@ class Verifier:
         finally:
             self._lock.release()
 
-    def follow(self) -> None:
-        """Hash what is present in order; returns at once when another thread is at it. Never waits for the store."""
+    def follow(self) -> bool:
+        """Hash some of what is present in order; tell whether there is more. Never waits for the store.
+
+        Returns at once when another thread is at it, which sees to the rest.
+        """
+        stop = self._hashed + TURN
         while self._item.ready(self._hashed) and self._lock.acquire(blocking=False):
             try:
                 if not self._is_hashing_locked():
-                    return
-                self._hash_present_locked()
+                    return False
+                if self._hashed >= stop:
+                    return True
+                self._hash_next_locked()
             finally:
                 self._lock.release()
+        return False
 
     def finish(self) -> bool:
         """Tell whether the bytes of the complete item are right. May wait for the store and hashes what is left."""
@@ -121,7 +132,8 @@ class Verifier:
         with self._lock:
             if self._hasher is None:
                 self._hasher = checksum.hasher()
-            self._hash_present_locked()
+            while self._hash_next_locked():
+                pass
             return self._hasher.digest()
 
     def _is_hashing_locked(self) -> bool:
@@ -131,12 +143,13 @@ class Verifier:
             self._hasher = self._checksum.hasher()
         return self._hasher is not None
 
-    def _hash_present_locked(self) -> None:
-        while ready := self._item.ready(self._hashed):
-            data = os.pread(self._item.descriptor, min(ready, STEP), self._hashed)
-            if not data:
-                return  # the file is shorter than its record says, which is not what it should hash to
-            self._update_locked(data)
+    def _hash_next_locked(self) -> bool:
+        ready = self._item.ready(self._hashed)
+        data = os.pread(self._item.descriptor, min(ready, STEP), self._hashed) if ready else b""
+        if not data and ready:
+            raise failure(errno.EIO, self._path, "The data file in the cache is shorter than it should be")
+        self._update_locked(data)
+        return bool(data)
 
     def _update_locked(self, data: bytes) -> None:
         assert self._hasher is not None

@@ -394,6 +394,7 @@ class VFSDTPHandler(DTPHandler):
             try:
                 without_waiting(self.file_obj.verify)
             except WouldWait:
+                self._want(0)  # a connection that takes more would wake the loop all the time
                 self._settle(self.file_obj.verify)
             except OSError as error:
                 self._fail(error)
