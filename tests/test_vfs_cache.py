@@ -363,3 +363,19 @@ def test_a_store_that_keeps_no_times_shows_those_that_files_were_given(
     assert vfs.stat("a").st_mtime == 1_400_000_000
     vfs.close()
     assert opened().stat("a").st_mtime == 1_400_000_000
+
+
+@two_stores
+@pytest.mark.parametrize("conflict", ["overwrite", "keep-both"])
+def test_writing_one_file_again_and_again_is_no_conflict_with_oneself(
+    store: Store, make: Callable[..., Any], conflict: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = (make(store, "full", write_back="0s", conflict=conflict) for _ in range(2))
+    for number in range(25):
+        with (one, other)[number % 2].open("a", "wb") as file:
+            file.write(b"%d" % number)
+            (one, other)[number % 3 % 2].queue()
+    one.sync(WAITS)
+    assert store.list() == {"a"}
+    assert store.read("a") == b"24"
+    assert "by others" not in caplog.text

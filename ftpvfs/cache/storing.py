@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # Seconds for which a request whose answer is lost may still be carried out. A guess: stores work on what they have
 # received for moments, proxies in between for seconds.
 SETTLED_AFTER = 5.0
+# Paths of which the version that the store last got from here is remembered.
+VERSIONS_KEPT = 10_000
 # Larger files are compared with the store before they are sent, and not only as they are published.
 LOOK_FIRST = 16 * 2**20
 # After these nobody needs to wonder whether the store did what it was asked for.
@@ -159,6 +161,8 @@ class Storing:
         self._doubtful: dict[str, float] = {}
         # Versions that may have got to the store although nobody said so, by path.
         self._sent: dict[str, list[Version]] = {}
+        # Fingerprints of what the store last got from here, by path; None where that was a deletion.
+        self._left: dict[str, str | None] = {}
 
     def doubt(self, path: str) -> None:
         """Reckon with a request that is under way still: of a process that was killed, or whose answer is lost."""
@@ -245,7 +249,7 @@ class Storing:
         self._stored(record, record.path, entry)
         self._changed(record.path, entry)  # so that nobody who is just listing sees neither the record nor the object
         is_newest = self._cache.uploaded(record, entry)
-        self._forget_sent(record.path)
+        self._has_got(record.path, entry)
         self._changed(record.path, entry)
         return Outcome.STORED if is_newest else Outcome.SUPERSEDED
 
@@ -253,8 +257,8 @@ class Storing:
 
     def _send_in_conflict(self, record: DirtyRecord, descriptor: int, turn: Turn) -> Outcome:
         found = self._found(record.path)
-        if found is not None and self._is_ours(record.path, found):
-            entry = self._put(record, descriptor, turn, found.fingerprint or ANY)
+        if self._is_ours(record.path, found):
+            entry = self._put(record, descriptor, turn, ABSENT if found is None else found.fingerprint or ANY)
         elif self._policy == "overwrite":
             logger.warning("%r was changed at the store by others, and is overwritten (--vfs-conflict)", record.path)
             entry = self._put(record, descriptor, turn, ANY)
@@ -287,12 +291,19 @@ class Storing:
         except FileNotFoundError:
             return None
 
-    def _is_ours(self, path: str, found: Entry) -> bool:
-        """Tell whether the object is a version that was sent from here, whose answer was lost."""
-        if found.is_dir:
+    def _is_ours(self, path: str, found: Entry | None) -> bool:
+        """Tell whether the store has what it last got from here, or a version that was sent and whose answer was lost.
+
+        A file may have been opened for writing when the store had yet another version, before an earlier upload.
+        """
+        if found is not None and found.is_dir:
             return False
         with self._lock:
+            if path in self._left and self._left[path] == (found.fingerprint if found is not None else None):
+                return True
             known = list(self._sent.get(path, ()))
+        if found is None:
+            return False
         if self._policy != "overwrite":
             known += self._log().sent(path)
         keeps_times = self._backend.capability.sets_mtime
@@ -310,6 +321,15 @@ class Storing:
                 known.append(version)
         if self._policy != "overwrite":
             self._log().add_sent(record.path, version)
+
+    def _has_got(self, path: str, entry: Entry | None) -> None:
+        """Remember what the store has got from here, or that it was told to delete what it had."""
+        with self._lock:
+            self._left.pop(path, None)
+            self._left[path] = entry.fingerprint if entry is not None else None
+            if len(self._left) > VERSIONS_KEPT:
+                del self._left[next(iter(self._left))]
+        self._forget_sent(path)
 
     def _forget_sent(self, path: str) -> None:
         with self._lock:
@@ -336,7 +356,7 @@ class Storing:
             return Outcome.SETTLING
         self._changed(path, None)
         self._cache.deleted(record)
-        self._forget_sent(path)
+        self._has_got(path, None)
         self._changed(path, None)
         return Outcome.DELETED
 

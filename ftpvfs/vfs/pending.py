@@ -21,13 +21,21 @@ from ftpvfs.errors import failure
 # Dirty files that a folder's rename takes along; each is held twice, by a descriptor. A guess.
 MOST_HELD = 200
 
+# How fingerprints begin that are no store's.
+LOCAL = "cache-"
+
 Changed = Callable[[str, Entry | None], None]
 
 
 def local_entry(record: DirtyRecord) -> Entry:
     """Return a dirty file as a folder's entry; its fingerprint is no store's."""
     name = paths.split(record.path)[1]
-    return Entry(name, False, record.size, record.mtime, f"cache-{record.id}-{record.generation}")
+    return Entry(name, False, record.size, record.mtime, f"{LOCAL}{record.id}-{record.generation}")
+
+
+def is_local(entry: Entry | None) -> bool:
+    """Tell whether an entry is a dirty file's, and its fingerprint not the store's."""
+    return entry is not None and entry.fingerprint is not None and entry.fingerprint.startswith(LOCAL)
 
 
 class Pending:
@@ -86,7 +94,7 @@ class Pending:
         """Rename a dirty file over what is at `target`; return False where `source` is not dirty (any more)."""
         if self._file(source) is None:
             return False
-        base = None if there is None else there.fingerprint
+        base = None if there is None or is_local(there) else there.fingerprint  # the cache knows that of a dirty one
         try:
             record = self._cache.rename(source, target, source_at_store=False, target_base=base)
         except FileNotFoundError:
