@@ -248,16 +248,16 @@ class Reader:
             self._downloader.verify()
             self._check_generation()
 
-    def close(self) -> None:
-        """Stop fetching what nobody else wants, and let go of the item; soon, in another thread. Takes no lock.
-
-        The garbage collector may call this inside of any other call here, and releasing the item may sync its file.
+    def close_later(self) -> None:
+        """Close in another thread. Takes no lock, so that the garbage collector may call it inside of any other call.
         """
-        if not self._is_closed:
-            self._is_closed = True
-            self._downloads.run(self._leave)
+        self._downloads.run(self.close)
 
-    def _leave(self) -> None:
+    def close(self) -> None:
+        """Stop fetching what nobody else wants, and let go of the item. Does not wait for the disk."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         if self._downloader is not None:
             self._downloads.leave(self, self._downloader)
         self.item.release()

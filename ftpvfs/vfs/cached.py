@@ -247,6 +247,11 @@ class CachedReadHandle(Handle):
     def abandon(self) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        # Not here: the collector may run inside of any call of the cache, with locks held.
+        if self._reader is not None and self._pid == os.getpid():
+            self._reader.close_later()
+
 
 def _finish(future: Future[None], error: BaseException | None = None) -> None:
     """Complete a future that who waits may have cancelled."""
