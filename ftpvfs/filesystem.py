@@ -27,7 +27,7 @@ from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.records import PartialRecord
 from ftpvfs.errors import failure, reason_of
 from ftpvfs.vfs.dircache import Listing
-from ftpvfs.vfs.handle import Handle, WriteHandle
+from ftpvfs.vfs.handle import Handle, WritingHandle
 from ftpvfs.vfs.vfs import VFS
 from ftpvfs.waiting import Wait, about_to_wait
 
@@ -519,12 +519,13 @@ class StockFile:
         """Publish what was written, or give it up where the transfer did not end by itself."""
         if self._handle.closed:
             return
-        channel = self._cmd_channel.data_channel
-        if not isinstance(self._handle, WriteHandle) or channel is None or not channel.transfer_finished:
-            self._handle.abandon()
+        handle, channel = self._handle, self._cmd_channel.data_channel
+        is_whole = channel is not None and channel.transfer_finished
+        if not is_whole or not isinstance(handle, WritingHandle) or not handle.writable():
+            handle.abandon()
             return
         try:
-            self._handle.commit()
+            handle.commit()
         except OSError as error:
             self._say(channel, error)
 

@@ -268,6 +268,24 @@ def test_the_cache_modes_work_in_every_server(
     assert store.read("a") == b"begin and end"
 
 
+@pytest.mark.parametrize("mode", ["minimal", "writes", "full"])
+def test_pyftpdlibs_own_data_channel_publishes_through_the_cache(
+    local_store: Store, make_vfs: Callable[..., Any], ftp_server: Serve, mode: str
+) -> None:
+    vfs = make_vfs(local_store, cache_mode=mode, write_back="1h")
+    with connect(ftp_server(vfs, handler=FTPHandler, authorizer=dummy_authorizer()), "user", "12345") as ftp:
+        assert upload(ftp, "a", b"begin ").startswith("226 ")
+        assert upload(ftp, "a", b"and end", verb="APPE").startswith("226 ")
+        assert upload(ftp, "a", b"AND", rest=6).startswith("226 ")
+        assert upload(ftp, "", b"unique", verb="STOU").startswith("226 ")
+        (unique,) = names(ftp) - {"a"}
+        assert download(ftp, "a") == b"begin AND end"
+        assert download(ftp, unique) == b"unique"
+    vfs.sync(30)
+    assert local_store.read("a") == b"begin AND end"
+    assert local_store.read(unique) == b"unique"
+
+
 def test_who_asks_in_a_forked_process_learns_whether_its_parent_sees_to_what_waits(
     local_store: Store, make_vfs: Callable[..., Any]
 ) -> None:
