@@ -91,13 +91,11 @@ class Recovery:
                 self._when_unused(Place.DATA, name, self._unknown_data)
 
     def _when_unused(self, place: Place, name: str, look: Callable[[str], object]) -> None:
-        """Look at a file that nobody is at work with."""
+        """Look at a file that nobody is at work with, unless somebody removes it meanwhile."""
         file = self._files.claim(place, name)
         if file is not None:
-            try:
+            with contextlib.closing(file), contextlib.suppress(FileNotFoundError):
                 look(name)
-            finally:
-                file.close()
 
     def _generation_beside(self, name: str) -> int:
         """Return the generation of a record beside its data; 0 where it cannot be read."""
@@ -218,6 +216,8 @@ class Recovery:
                 self._quarantine(Place.INCOMING, name, "it is none of ours")
             elif not end:
                 self._when_unused(Place.INCOMING, name, self._look_at_draft)
+            elif end == BESIDE + UNFINISHED:
+                self._when_unused(Place.INCOMING, name, lambda name: self._files.unlink(Place.INCOMING, name))
             elif not self._files.has(Place.INCOMING, stem):
                 self._files.unlink(Place.INCOMING, name)
         for record in self._journal.all_partials():

@@ -59,7 +59,9 @@ class Crowd:
     def stop(self) -> None:
         for process in self.processes:
             process.kill()
-            process.communicate()
+            process.wait()
+            if process.stderr is not None:
+                process.stderr.close()
 
 
 def work(folder: Path, seed: int, seconds: float, *, pause: tuple[float, float] | None) -> None:
