@@ -1,14 +1,17 @@
-"""Compare the disk cache with rclone serve ftp's, mode full: python benchmarks/bench_cache.py
+"""Compare the disk cache with rclone serve ftp's, modes full and writes: python benchmarks/bench_cache.py
 
 A big download through an empty cache and from a warm one, and many small files from a warm one, over S3 and over
 a local folder. An empty cache is a new server's; each peer's bytes are checked by hash before they are timed.
-`--size` is the size of the big download.
+A big upload and many small ones in mode writes: to the reply 226, and until the store has them.
+`--size` is the size of the big download; the upload has half of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from bench_transfer import SMALL_SIZE, random_file, sha256_of
 from harness import MIB, Benchmark, Sample, Subject, parser, size
-from load import Download
+from load import Download, Upload
 from peers import Peer, Server, program
 
 DEFAULT_SIZE = 1 << 30
@@ -27,6 +30,11 @@ SMALL_FILES = {16: 3200, 64: 3200}
 FIRST = "files/first"
 """Downloaded before the clock runs: a server may contact the store when it is first asked for something."""
 FULL = ("--vfs-cache-mode", "full")
+WRITES = ("--vfs-cache-mode", "writes")
+SMALL_UPLOADS = 1000
+UPLOAD_CONNECTIONS = 16
+STORED_WITHIN = 300.0
+"""Seconds in which an upload must get to the store."""
 WORKERS = {"ftpvfs": ("--workers", "2")}
 """rclone is one process with threads on all cores."""
 
@@ -157,10 +165,84 @@ def small(bench: Benchmark, _bytes_wanted: int, place_name: str = "S3") -> None:
             bench.compare(subject, {server.peer.name: partial(measure, server) for server in servers})
 
 
+def upload(bench: Benchmark, bytes_wanted: int) -> None:
+    """To 226 and to the store in one run each, since one follows the other."""
+    bench.store.put_many(["uploads/first"], b"so that the folder exists")
+    bytes_wanted //= 2
+    source = random_file(bench.folder / "upload", bytes_wanted)
+    expected = sha256_of(source)
+    keys = (f"uploads/big-{number}" for number in itertools.count())
+    stored: dict[str, list[Sample]] = {peer.name: [] for peer in bench.peers}
+
+    def measure(server: Server) -> Sample:
+        key = next(keys)
+        began = time.monotonic()
+        before = server.meter.cpu_seconds()
+        cost = bench.load(server, [[Upload(f"STOR /{key}", str(source))]])
+        _wait_for(bench, {key: bytes_wanted})
+        seconds = time.monotonic() - began
+        cpu, peak = server.meter.cpu_seconds() - before, server.meter.peak_memory()
+        stored[server.peer.name].append(Sample(bytes_wanted / seconds / 1e6, 1, cpu, peak))
+        if bench.store.digest(key) != expected:
+            raise RuntimeError(f"{server.peer.name} stored other bytes than it was sent")
+        bench.store.delete([key])
+        return Sample(bytes_wanted / cost.seconds / 1e6, 1, cost.cpu, peak)
+
+    with ExitStack() as stack:
+        servers = bench.start_all(stack, *WRITES, "--vfs-write-back", "100ms")
+        subject = Subject(f"upload of {bytes_wanted // MIB} MiB, mode writes, to 226", "MB/s", "1 x rclone")
+        bench.compare(subject, {server.peer.name: partial(measure, server) for server in servers})
+    runs = {name: iter(samples) for name, samples in stored.items()}
+    subject = Subject(f"the same until the store has it, {WRITES[1]}, write-back after 0.1 s", "MB/s", "1 x rclone")
+    bench.compare(subject, {name: partial(next, samples) for name, samples in runs.items()})
+    source.unlink()
+
+
+def small_uploads(bench: Benchmark, _bytes_wanted: int) -> None:
+    """To 226: synced to the disk by ftpvfs, and not by rclone. What follows is waited for and not timed."""
+    bench.store.put_many(["uploads/first"], b"so that the folder exists")
+    source = random_file(bench.folder / "small-upload", SMALL_SIZE)
+    digest = sha256_of(source)
+    batches = itertools.count()
+
+    def measure(server: Server) -> Sample:
+        prefix = f"uploads/small-{next(batches)}-"
+        keys = [f"{prefix}{number:05}" for number in range(SMALL_UPLOADS)]
+        steps = [Upload(f"STOR /{key}", str(source)) for key in keys]
+        scripts = [steps[start::UPLOAD_CONNECTIONS] for start in range(UPLOAD_CONNECTIONS)]
+        cost = bench.load(server, scripts)
+        _wait_for(bench, dict.fromkeys(keys, SMALL_SIZE))
+        if bench.store.digest(keys[-1]) != digest:
+            raise RuntimeError(f"{server.peer.name} stored other bytes than it was sent")
+        bench.store.delete(keys)
+        return Sample(len(keys) / cost.seconds, len(keys), cost.cpu, cost.peak)
+
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(bench.start(peer, *WRITES, *WORKERS.get(peer.name, ()))) for peer in bench.peers
+        ]
+        title = f"uploads of 10 KiB, mode writes, 2 workers, to 226, connections: {UPLOAD_CONNECTIONS}"
+        subject = Subject(title, "files/s", "1 x rclone")
+        bench.compare(subject, {server.peer.name: partial(measure, server) for server in servers})
+
+
+def _wait_for(bench: Benchmark, objects: dict[str, int]) -> None:
+    """Wait until the store has the objects, all under one prefix."""
+    first = next(iter(objects))
+    prefix = first if len(objects) == 1 else first.rpartition("-")[0]
+    deadline = time.monotonic() + STORED_WITHIN
+    while bench.store.sizes(prefix) != objects:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{prefix} is not stored after {STORED_WITHIN:.0f} s")
+        time.sleep(0.05)
+
+
 SUBJECTS: dict[str, Callable[[Benchmark, int], None]] = {
     "cold": cold,
     "warm": warm,
     "small": small,
+    "upload": upload,
+    "small-uploads": small_uploads,
     "cold-local": partial(cold, place_name="a local folder"),
     "warm-local": partial(warm, place_name="a local folder"),
     "small-local": partial(small, place_name="a local folder"),
