@@ -212,6 +212,31 @@ def test_a_store_that_refuses_is_told_to_who_waits_for_it_and_the_old_file_stays
     assert vfs.partial("a", "mallory") is None
 
 
+# --- interrupted uploads
+
+
+def interrupt(vfs: Any, path: str, data: bytes) -> Any:
+    """Break an upload off, and return what came of it."""
+    with vfs.open(path, "wb", autocommit=False, user="alice") as file:
+        file.write(data)
+    partial = vfs.partial(path, "alice")
+    assert partial is not None
+    return partial
+
+
+def test_an_upload_of_which_nothing_was_left_to_send_replaces_the_old_file(
+    local_store: Store, make: Callable[..., Any]
+) -> None:
+    local_store.write("a", b"old")
+    vfs = make(local_store)
+    with vfs.open("a", "r+b", user="alice", partial=interrupt(vfs, "a", b"all of it")) as file:
+        file.resume(9)
+    assert get(vfs, "a") == b"all of it"
+    assert vfs.partial("a", "alice") is None
+    vfs.sync(WAITS)
+    assert local_store.read("a") == b"all of it"
+
+
 # --- a store that is away
 
 

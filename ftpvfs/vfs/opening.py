@@ -130,7 +130,8 @@ class Opening:
             run=self._parts.downloads.run,
             base=base,
             size=0 if request.partial is None else request.partial.size,
-            creates=request.entry is None or bool(request.flags & os.O_TRUNC),
+            # What is gone on with is the file from then on, also where not a byte was left to come.
+            creates=request.entry is None or bool(request.flags & os.O_TRUNC) or request.partial is not None,
             autocommit=request.autocommit,
             seekable=not self._options.no_seek,
         )
