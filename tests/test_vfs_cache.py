@@ -237,6 +237,39 @@ def test_an_upload_of_which_nothing_was_left_to_send_replaces_the_old_file(
     assert local_store.read("a") == b"all of it"
 
 
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        (lambda vfs: vfs.remove("d/old"), ["d/old"]),
+        (lambda vfs: vfs.remove("d/dirty"), ["d/dirty"]),
+        (lambda vfs: vfs.rename("d/old", "d/new"), ["d/old"]),
+        (lambda vfs: vfs.rename("d/dirty", "d/old"), ["d/dirty", "d/old"]),
+        (lambda vfs: vfs.rename("d", "e"), ["d/dirty", "d/old", "e/dirty", "e/old"]),
+    ],
+    ids=["remove", "remove what waits", "rename", "rename over it", "rename the folder"],
+)
+def test_nobody_goes_on_with_an_upload_to_a_name_that_means_another_file(
+    local_store: Store, make: Callable[..., Any], change: Callable[[Any], None], changed: list[str]
+) -> None:
+    local_store.write("d/old", b"old")
+    vfs = make(local_store)
+    put(vfs, "d/dirty", b"waits")
+    for name in ("d/old", "d/dirty"):
+        interrupt(vfs, name, b"half of")
+    change(vfs)
+    assert {path for path in changed if vfs.partial(path, "alice")} == set()
+
+
+def test_an_upload_that_broke_off_in_a_folder_goes_with_the_folder(
+    local_store: Store, make: Callable[..., Any]
+) -> None:
+    vfs = make(local_store)
+    vfs.mkdir("d")
+    interrupt(vfs, "d/a", b"half of")
+    vfs.rmdir("d")
+    assert vfs.partial("d/a", "alice") is None
+
+
 # --- a store that is away
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from ftpvfs import paths
 from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.beside import records_beside
 from ftpvfs.cache.check import Check
@@ -368,6 +369,12 @@ class Cache:
         record = self._journal.partial(path)
         if record is not None and self._forget_partial_record(record):
             self._remove_partial(record)
+
+    def drop_partials_below(self, folder: str) -> None:
+        """Remove what came of interrupted uploads at and below a folder. Reads the records of all of them."""
+        for record in self._journal.all_partials():
+            if paths.is_within(record.path, folder):
+                self.drop_partial(record.path)
 
     def _forget_partial(self, id: str) -> bool:  # noqa: A002 - what it is
         """Remove the record to which a partial's file belongs; the file may go then."""

@@ -262,6 +262,16 @@ class Core:
         if self.parts is not None:
             self.parts.cache.forget_item(path)
 
+    def drop_partial(self, path: str) -> None:
+        """Nobody shall go on with an upload to a name that now means another file, or none."""
+        if self.parts is not None:
+            self.parts.cache.drop_partial(path)
+
+    def drop_partials_below(self, folder: str) -> None:
+        """As `drop_partial`, for all that lies at and below a folder."""
+        if self.parts is not None:
+            self.parts.cache.drop_partials_below(folder)
+
     def renamed_item(self, source: str, target: str, entry: Entry) -> None:
         """The store has renamed a file: take what is cached of it along, and end what was on its way to `target`."""
         if self.parts is not None:

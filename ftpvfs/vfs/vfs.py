@@ -419,6 +419,7 @@ class VFS:
             raise failure(errno.ENOTDIR, path)
         if self._listing(path, fresh=True):
             raise failure(errno.ENOTEMPTY, path)
+        core.drop_partials_below(path)
         core.settle(path)
         with core.writer(path):
             core.backend.rmdir(path)
@@ -434,6 +435,7 @@ class VFS:
         core = self.core
         if self._lookup(path).is_dir:
             raise failure(errno.EISDIR, path)
+        core.drop_partial(path)
         if core.pending is None or not core.pending.delete(path):
             with core.writer(path):
                 core.backend.remove(path)
@@ -457,6 +459,8 @@ class VFS:
         if source == target:
             return
         there = self._existing(target)
+        for path in (source, target):
+            (self.core.drop_partials_below if entry.is_dir else self.core.drop_partial)(path)
         if entry.is_dir:
             self._rename_folder(source, target, replaces=there is not None)
         elif self.core.pending is None or not self.core.pending.rename(source, target, there):
