@@ -158,6 +158,21 @@ def test_a_folder_takes_the_name_of_a_file_that_was_just_deleted(store: Store, m
     assert vfs.listdir() == []
 
 
+@pytest.mark.parametrize("mode", ["minimal", "full"])
+def test_a_read_only_vfs_makes_no_file_for_who_wants_to_read_it(
+    local_store: Store, make: Callable[..., Any], mode: str
+) -> None:
+    local_store.write("there", b"there")
+    vfs = make(local_store, mode, read_only=True)
+    with pytest.raises(OSError, match="read-only") as caught:
+        vfs.open("missing", os.O_RDONLY | os.O_CREAT)
+    assert caught.value.errno == errno.EROFS
+    with vfs.open("there", os.O_RDONLY | os.O_CREAT) as file:
+        assert file.read() == b"there"
+    assert vfs.queue() == []
+    assert local_store.list() == {"there"}
+
+
 # --- what a positive reply means
 
 

@@ -321,8 +321,9 @@ class VFS:
         """
         path = self._real(path)
         flags = flags_of(mode)
-        is_written = writes(flags) and flags & os.O_ACCMODE != os.O_RDONLY
         entry, is_known = self._before_open(path, flags) if partial is None else (self._existing(path), True)
+        is_made = entry is None and bool(flags & os.O_CREAT)
+        is_written = is_made or (writes(flags) and flags & os.O_ACCMODE != os.O_RDONLY)
         if entry is not None and entry.is_dir:
             raise failure(errno.EISDIR, path)
         if is_written:
