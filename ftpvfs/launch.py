@@ -278,12 +278,12 @@ def _read_again(assembly: Assembly) -> None:
 
 
 def _tell_of_left(config: Config, stores: Sequence[VFS]) -> None:
-    """Warn of files in caches that nobody serves: of stores that are not served any more, or in mode off."""
-    served = [vfs.cache_folder for vfs in stores] if config.vfs.cache_mode != "off" else []
+    """Warn of files in caches that nobody serves: of stores that are not served any more."""
+    served = [vfs.cache_folder for vfs in stores]
     for left in left_caches(Path(config.vfs.cache_dir), served):
         logger.warning(
-            "%d files (%s) and %d deletions wait in the cache %s for a store that is not served with a cache; serve it"
-            " so (--name %s, if its URL has changed), or store them with: ftpvfs cache flush",
+            "%d files (%s) and %d deletions wait in the cache %s for a store that is not served; serve it"
+            " (--name %s, if its URL has changed), or store them with: ftpvfs cache flush",
             left.files, format_size(left.size), left.deletions, Path(config.vfs.cache_dir) / left.name, left.name,
         )  # fmt: skip
 

@@ -355,6 +355,45 @@ def test_what_waits_when_a_vfs_is_closed_is_there_at_the_next_start_and_gets_to_
     assert store.mtime("a") == 1_500_000_000
 
 
+def test_what_a_cache_has_left_is_shown_stored_and_replaced_when_the_mode_is_off(
+    local_store: Store, make: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    local_store.write("deleted", b"at the store")
+    vfs = make(local_store)
+    for name in ("kept", "replaced", "deleted", "renamed"):
+        put(vfs, name, b"left in the cache")
+    vfs.close()
+
+    vfs = make(local_store, "off")
+    assert vfs.listdir() == ["deleted", "kept", "renamed", "replaced"]
+    assert "4 files or deletions" in caplog.text
+    assert get(vfs, "kept") == b"left in the cache"
+    put(vfs, "replaced", b"newer")
+    assert local_store.read("replaced") == b"newer"
+    vfs.remove("deleted")
+    vfs.rename("renamed", "new name")
+    with pytest.raises(OSError, match="--vfs-cache-mode"):
+        vfs.open("kept", "ab")
+    vfs.sync(WAITS)
+    assert local_store.list() == {"kept", "new name", "replaced"}
+    assert local_store.read("kept") == b"left in the cache"
+    vfs.close()
+
+    vfs = make(local_store)
+    vfs.sync(WAITS)
+    assert get(vfs, "replaced") == b"newer"
+    assert vfs.listdir() == ["kept", "new name", "replaced"]
+
+
+def test_in_mode_off_nothing_is_opened_where_no_cache_has_left_anything(
+    local_store: Store, make: Callable[..., Any], cache_dir: str
+) -> None:
+    vfs = make(local_store, "off")
+    put(vfs, "a", b"x")
+    assert list(Path(cache_dir).rglob("data")) == []
+    assert "cache" not in vfs.stats()
+
+
 @two_stores
 def test_write_back_stores_after_the_rest_that_is_asked_for(store: Store, make: Callable[..., Any]) -> None:
     vfs = make(store, write_back="0s")

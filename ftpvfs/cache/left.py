@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftpvfs.cache.beside import peek
-from ftpvfs.cache.files import Place
+from ftpvfs.cache.files import BESIDE, Place
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,15 @@ def left_caches(cache_dir: Path, served: Collection[Path] = ()) -> list[LeftCach
         return []
     found = [_look(folder) for folder in folders if os.path.realpath(folder) not in ours]
     return [each for each in found if each.files or each.deletions]
+
+
+def has_left(folder: Path) -> bool:
+    """Tell, by one look into its data, whether a cache folder may hold what its store never got."""
+    try:
+        with os.scandir(folder / Place.DATA.value) as entries:
+            return any(entry.name.endswith(BESIDE) for entry in entries)
+    except OSError:
+        return False
 
 
 def _look(folder: Path) -> LeftCache:

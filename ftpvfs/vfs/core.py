@@ -18,6 +18,7 @@ from ftpvfs.backend.chunks import ChunkPolicy
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.downloader import Downloads
 from ftpvfs.cache.index import Index, cache_name
+from ftpvfs.cache.left import has_left
 from ftpvfs.cache.writeback import WriteBack
 from ftpvfs.clock import Clock
 from ftpvfs.config import VFSOptions
@@ -83,7 +84,7 @@ class Core:
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
         self._cache_feed: ChangeFeed | None = None
-        self.parts = self._open_cache() if options.cache_mode != "off" else None
+        self.parts = self._open_cache() if options.cache_mode != "off" else self._open_left()
         if options.poll_interval:
             self.background("ftpvfs-poll", self._poll)
 
@@ -148,6 +149,25 @@ class Core:
         cache.start()
         writeback.start()
         return CacheParts(cache, downloads, writeback, Pending(cache, writeback, self._locks, self.changed))
+
+    def _open_left(self) -> CacheParts | None:
+        """Open, in mode off, the cache that an earlier start has left with files which the store never got.
+
+        They are shown and stored, or replaced by what is newer: an old one that came to light later would undo what
+        was done since. None where there are none.
+        """
+        if self.alone is not None or not isinstance(self._locks, PathLocks) or not has_left(self.folder):
+            return None
+        try:
+            parts = self._open_cache()
+        except OSError as error:
+            logger.error("What waits in the cache %s cannot be stored: %s", self.folder, error)  # noqa: TRY400
+            return None
+        logger.warning(
+            "%s: %d files or deletions that an earlier start has left in the cache are on their way to the store",
+            self.backend.display, len(parts.cache.all_dirty()),
+        )  # fmt: skip
+        return parts
 
     @property
     def is_open(self) -> bool:
@@ -243,7 +263,7 @@ class Core:
 
     @property
     def pending(self) -> Pending | None:
-        """What the store does not have yet; None in mode off, where there is no such thing."""
+        """What the store does not have yet; None in mode off, where there is no such thing (any more)."""
         return self.parts.pending if self.parts is not None else None
 
     def renaming_below(self, source: str, target: str) -> contextlib.AbstractContextManager[set[str]]:

@@ -373,7 +373,9 @@ class VFS:
     def partial(self, path: str, user: str = "") -> PartialRecord | None:
         """Return what came of an interrupted upload of the user's to the path, to go on with (`open(partial=...)`)."""
         parts = self.core.parts
-        return parts.cache.partial(self._real(path), user) if parts is not None else None
+        if parts is None or self._mode is CacheMode.OFF:
+            return None
+        return parts.cache.partial(self._real(path), user)
 
     def drop_partial(self, path: str, user: str = "") -> bool:
         """Remove what came of the user's interrupted upload; return whether there was anything."""
