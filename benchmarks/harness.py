@@ -178,6 +178,13 @@ class Benchmark:
         seconds = self._client(server, load.run, scripts)
         return Cost(seconds, server.meter.cpu_seconds() - before, server.meter.peak_memory())
 
+    def latencies(self, server: Server, steps: Sequence[load.Download]) -> tuple[list[float], Cost]:
+        """Run the steps one after the other in one session; return the seconds of each, and what they cost."""
+        server.meter.reset_peak()
+        before = server.meter.cpu_seconds()
+        found: list[float] = self._client(server, load.latencies, steps)
+        return found, Cost(sum(found), server.meter.cpu_seconds() - before, server.meter.peak_memory())
+
     def digest(self, server: Server, command: str) -> tuple[int, str]:
         return self._client(server, load.digest, command)
 

@@ -8,12 +8,13 @@ underscore run in a process of their own.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import select
 import socket
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -58,6 +59,42 @@ def run(address: Address, scripts: Sequence[Sequence[Download | Upload]]) -> flo
         for session in sessions:
             session.close()
     return seconds
+
+
+def log_in(address: Address, count: int, at_once: int) -> float:
+    """Log in so many times, `at_once` sessions at a time, and close each connection: seconds."""
+    start = time.perf_counter()
+    for _ in range(0, count, at_once):
+        with held(address, at_once):
+            pass
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def held(address: Address, count: int) -> Iterator[None]:
+    """So many sessions, logged in, that then say nothing."""
+    with _Loop() as loop:
+        sessions = [_Session(address, loop) for _ in range(count)]
+        try:
+            loop.drive({session: session.login() for session in sessions})
+            yield
+        finally:
+            for session in sessions:
+                session.close()
+
+
+def latencies(address: Address, steps: Sequence[Download]) -> list[float]:
+    """Run the steps one after the other in one session: the seconds of each, from EPSV to the last reply."""
+    with _Loop() as loop:
+        session = _Session(address, loop)
+        loop.drive({session: session.login()})
+        found = []
+        for step in steps:
+            start = time.perf_counter()
+            loop.drive({session: session.perform([step])})
+            found.append(time.perf_counter() - start)
+        session.close()
+    return found
 
 
 def digest(address: Address, command: str) -> tuple[int, str]:
