@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,60 @@ def read(cache: Cache, path: str) -> bytes:
 
 
 # --- dirty files
+
+
+def test_a_file_may_be_given_times_by_many_at_once(cache: Cache) -> None:
+    publish(cache, "a", b"bytes")
+
+    def touch(number: int) -> None:
+        for _ in range(20):
+            cache.touch("a", float(number))
+
+    with ThreadPoolExecutor(8) as pool:
+        for each in [pool.submit(touch, number) for number in range(8)]:
+            each.result()
+    assert cache.check() == []
+
+
+def test_a_time_that_comes_as_the_upload_ends_leaves_nothing_behind(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = publish(cache, "a", b"bytes")
+    write_beside = cache.files.write_beside
+
+    def as_the_upload_ends(*arguments: Any) -> Any:
+        cache.uploaded(record, entry("a", b"bytes"))
+        return write_beside(*arguments)
+
+    monkeypatch.setattr(cache.files, "write_beside", as_the_upload_ends)
+    with pytest.raises(FileNotFoundError):
+        cache.touch("a", 1.0)
+    assert cache.check() == []
+
+
+def test_several_processes_may_restore_what_stands_beside_the_data_at_once(
+    opened: Callable[..., Cache], folder: Path
+) -> None:
+    cache = opened()
+    for number in range(100):
+        publish(cache, str(number), b"bytes")
+    for path in (folder / "data").glob("*.json"):
+        path.unlink()
+    with ThreadPoolExecutor(3) as pool:
+        for each in [pool.submit(opened) for _ in range(3)]:
+            each.result()
+    assert cache.check() == []
+
+
+def test_what_a_killed_process_was_writing_beside_a_file_is_removed(
+    opened: Callable[..., Cache], folder: Path
+) -> None:
+    record = publish(opened(), "a", b"bytes")
+    (folder / "data" / f"{record.beside}.json.new-0123456789abcdef").write_bytes(b"{")
+    (folder / "incoming" / f"{record.beside}.json.new").write_bytes(b"{")
+    cache = opened()
+    assert cache.check() == []
+    assert cache.recovered.quarantined == 0
 
 
 def test_a_published_file_is_dirty_and_can_be_read(cache: Cache) -> None:

@@ -9,9 +9,13 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ftpvfs.cache.files import BESIDE, Place
+from ftpvfs.cache.files import BESIDE, Files, Place
 from ftpvfs.cache.records import DirtyRecord, PartialRecord, is_id
+
+if TYPE_CHECKING:
+    from ftpvfs.cache.journal import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,30 @@ def peek(folder: Path) -> list[DirtyRecord]:
         if known is None or known.generation < record.generation:
             newest[record.path] = record
     return list(newest.values())
+
+
+def settle_beside(files: Files, journal: Journal, record: DirtyRecord) -> None:
+    """Let the record that counts stand beside a file, or none where it has ended, whoever else wrote one meanwhile.
+
+    Who has written one calls this after the change that it was written for, made or not: so the last one sets it right.
+    """
+    while True:
+        known = journal.dirty(record.path)
+        if known is None or known.beside != record.beside:
+            files.unlink(Place.DATA, record.beside + BESIDE)
+            return
+        data = files.read_beside(Place.DATA, record.beside)
+        if data is not None and _is_same(data, known):
+            return
+        files.write_beside(Place.DATA, record.beside, known.to_json()).close()
+
+
+def _is_same(data: bytes, record: DirtyRecord) -> bool:
+    try:
+        beside = DirtyRecord.from_json(data)
+    except ValueError:
+        return False
+    return (beside.path, beside.generation) == (record.path, record.generation)
 
 
 def _settled(path: str) -> bytes:

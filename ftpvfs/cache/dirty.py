@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ftpvfs import paths
+from ftpvfs.cache.beside import settle_beside
 from ftpvfs.cache.files import BESIDE, DataFile, Files, Number, Place
 from ftpvfs.cache.item import Draft, new_suffix
 from ftpvfs.cache.journal import Changes, Journal
@@ -344,19 +345,21 @@ class DirtyFiles:
             yield
         except Exception:
             for record, _ in written:
-                self._take_back(record, replaces)
+                if replaces is None:
+                    self._files.unlink(Place.DATA, record.beside + BESIDE)
             raise
         finally:
             for _, file in written:
                 file.close()
+            if replaces is not None and written:
+                self._settle(replaces)
 
-    def _take_back(self, record: DirtyRecord, replaced: DirtyRecord | None) -> None:
-        if replaced is None:
-            self._files.unlink(Place.DATA, record.beside + BESIDE)
-            return
-        known = self._journal.dirty(record.path)
-        if known is not None and known.beside == record.beside:
-            self._files.write_beside(Place.DATA, known.beside, known.to_json()).close()
+    def _settle(self, record: DirtyRecord) -> None:
+        """See that what stands beside a file is right although several have written it at once."""
+        try:
+            settle_beside(self._files, self._journal, record)
+        except OSError as error:  # the index counts, and the next start sets it right
+            logger.warning("The record beside the data of %r is not the newest: %s", record.path, error)
 
     def _remove_ended(self, replaced: Replaced) -> None:
         for record in replaced.ended:

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import logging
 import os
+import secrets
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -108,11 +109,9 @@ class Files:
 
     def create(self, place: Place, name: str) -> DataFile:
         """Make a new, empty file and lease it."""
-        return self._create(self.path(place, name), os.O_EXCL)
-
-    def _create(self, path: str, flags: int) -> DataFile:
+        path = self.path(place, name)
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_EXCL, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 if os.fstat(descriptor).st_nlink:
@@ -290,14 +289,16 @@ class Files:
 
         While the result is open, recovery takes it for a change that is under way.
         """
-        path = self.path(place, name + BESIDE)
-        file = self._create(path + UNFINISHED, os.O_TRUNC)
+        unfinished = f"{name}{BESIDE}{UNFINISHED}-{secrets.token_hex(8)}"  # others may be writing it, too
+        file = self.create(place, unfinished)
         try:
             self.pwrite(file.descriptor, data, 0)
             if syncs:
                 self.sync(file.descriptor)
-            self._rename(path + UNFINISHED, path)
-        except BaseException:
+            self._rename(self.path(place, unfinished), self.path(place, name + BESIDE))
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self.unlink(place, unfinished)
             file.close()
             raise
         return file

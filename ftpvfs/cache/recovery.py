@@ -11,14 +11,12 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ftpvfs.cache.beside import records_beside
+from ftpvfs.cache.beside import records_beside, settle_beside
 from ftpvfs.cache.files import BESIDE, UNFINISHED, DataFile, Files, Number, Place
 from ftpvfs.cache.journal import Changes, Journal
 from ftpvfs.cache.records import DirtyRecord, PartialRecord, is_id
 
 logger = logging.getLogger(__name__)
-
-ENDS = ("", BESIDE, BESIDE + UNFINISHED)
 
 
 @dataclass
@@ -78,9 +76,9 @@ class Recovery:
         names = sorted(entry.name for entry in self._files.names(Place.DATA))
         for name in names:
             stem, end = _parts(name)
-            if not is_id(stem) or end not in ENDS:
+            if not is_id(stem) or not _is_end(end):
                 self._quarantine(Place.DATA, name, "it is none of ours")
-            elif end == BESIDE + UNFINISHED:
+            elif end not in ("", BESIDE):
                 self._when_unused(Place.DATA, name, lambda name: self._files.unlink(Place.DATA, name))
         # The oldest first: each is to be newer than all that the journal has had.
         unknown = [name for name in names if name.endswith(BESIDE) and _is_unknown(name, known)]
@@ -162,15 +160,7 @@ class Recovery:
         if reason is not None:
             self._lose(record, reason)
             return
-        data = self._files.read_beside(Place.DATA, record.beside)
-        if data is None or not _is_same(data, record):
-            self._restore_beside(record)
-
-    def _restore_beside(self, record: DirtyRecord) -> None:
-        """Write the record beside the data again, unless it has just been changed."""
-        current = self._journal.dirty(record.path)
-        if current is not None and current.generation == record.generation:
-            self._files.write_beside(Place.DATA, record.beside, record.to_json()).close()
+        settle_beside(self._files, self._journal, record)
 
     def _what_is_wrong(self, record: DirtyRecord) -> str | None:
         try:
@@ -212,8 +202,10 @@ class Recovery:
         names = sorted(entry.name for entry in self._files.names(Place.INCOMING))
         for name in names:
             stem, end = _parts(name)
-            if not is_id(stem) or end not in ENDS:
+            if not is_id(stem) or not _is_end(end):
                 self._quarantine(Place.INCOMING, name, "it is none of ours")
+            elif end not in ("", BESIDE):
+                self._when_unused(Place.INCOMING, name, lambda name: self._files.unlink(Place.INCOMING, name))
             elif not end:
                 self._when_unused(Place.INCOMING, name, self._look_at_draft)
             elif end == BESIDE + UNFINISHED:
@@ -276,17 +268,14 @@ class Recovery:
         self._found.quarantined += 1
 
 
-def _is_same(data: bytes, record: DirtyRecord) -> bool:
-    try:
-        beside = DirtyRecord.from_json(data)
-    except ValueError:
-        return False
-    return (beside.path, beside.generation) == (record.path, record.generation)
-
-
 def _is_unknown(name: str, known: dict[str, DirtyRecord]) -> bool:
     stem, end = _parts(name)
     return end == BESIDE and is_id(stem) and stem not in known
+
+
+def _is_end(end: str) -> bool:
+    """Tell whether our files' names end so behind the id."""
+    return end in ("", BESIDE) or end.startswith(BESIDE + UNFINISHED)
 
 
 def _parts(name: str) -> tuple[str, str]:
