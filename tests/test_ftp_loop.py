@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import greenlet
+import psutil
 import pytest
 
 from ftpvfs import VFS, VFSAuthorizer, VFSFilesystem, VFSHandler, VFSServer
@@ -162,7 +163,7 @@ def test_a_download_that_waits_for_its_store_goes_on_where_it_was(hanging: Calla
             begun = down.read(MIB)
             served.hang()
             assert names(other, "warm") >= {"a", "b"}
-            for command, answer in [("NOOP", "200 "), ("STAT", "211"), ("SIZE warm/a", "213 "), ("PWD", "257 ")]:
+            for command, answer in [("NOOP", "200 "), ("STAT", "211"), ("PWD", "257 ")]:
                 assert reply(ftp, command).startswith(answer)
             served.proxy.heal()
             assert begun + down.read() == big
@@ -529,3 +530,50 @@ def greenlets() -> int:
     """How many greenlets there are, without those that each thread begins as."""
     gc.collect()
     return sum(isinstance(each, greenlet.greenlet) and each.parent is not None for each in gc.get_objects())
+
+
+# --- in their order
+
+
+@pytest.mark.parametrize("command", ["DELE a", "SIZE a", "MFMT 20200102030405 a", "RNFR a"])
+def test_a_command_behind_an_upload_waits_for_the_file(
+    local_store: Store, make_vfs: Any, serve: Any, command: str
+) -> None:
+    local_store.write("a", b"old")
+    with connect(address_of(serve(make_vfs(local_store)))) as ftp:
+        data = open_transfer(ftp, "STOR a")
+        data.sendall(b"new and longer")
+        data.close()
+        assert ftp.sock is not None
+        ftp.sock.sendall(command.encode() + b"\r\n")
+        assert last_reply(ftp).startswith("226 ")
+        answer = last_reply(ftp)
+    if command == "DELE a":
+        assert answer.startswith("250 ")
+        assert local_store.list() == set()
+    elif command == "SIZE a":
+        assert answer == "213 14"
+    else:
+        assert answer[0] in "23"
+        assert local_store.read("a") == b"new and longer"
+
+
+def test_a_client_that_takes_no_goodbye_is_gone_all_the_same(local_store: Store, make_vfs: Any, serve: Any) -> None:
+    address = address_of(serve(make_vfs(local_store), timeout=1))
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.settimeout(30)
+        sock.connect(address)
+        sock.sendall(b"USER anonymous\r\nPASS x\r\n" + b"HELP\r\n" * 500)
+        here = sock.getsockname()[1]
+        wait_until(lambda: _has_connection(address[1], here))
+        wait_until(lambda: not _has_connection(address[1], here), timeout=30)
+
+
+def _has_connection(port: int, client: int) -> bool:
+    """Whether this process has the server's end of a connection open."""
+    return any(
+        each.raddr and each.laddr[1] == port and each.raddr[1] == client and each.status == "ESTABLISHED"
+        for each in psutil.Process().net_connections("tcp")
+        if each.fd >= 0
+    )

@@ -258,3 +258,33 @@ def test_sessions_that_want_passive_ports_at_once_all_get_one(local_store: Store
     with ThreadPoolExecutor(8) as threads:
         answers = [each.result() for each in [threads.submit(ask) for _ in range(8)]]
     assert {code for codes in answers for code in codes} == {"229"}
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_pasv_is_refused_where_its_answer_has_no_room_for_the_address(
+    local_store: Store, launched: Callable[..., Any]
+) -> None:
+    server = launched(local_store.root, "--addr=[::1]:0", "--workers=1")
+    with contextlib.closing(connect(server.address)) as ftp:
+        assert reply(ftp, "PASV") == "425 Can't open a data connection: PASV knows IPv4 alone, use EPSV."
+        assert reply(ftp, "EPSV").startswith("229 ")
+        port = socket.create_server(("::1", 0), family=socket.AF_INET6)
+        with port:
+            assert reply(ftp, f"EPRT |2|0:0:0:0:0:0:0:1|{port.getsockname()[1]}|").startswith("200 ")
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_a_balancers_client_may_open_data_connections_itself(local_store: Store, launched: Callable[..., Any]) -> None:
+    local_store.write("a", DATA)
+    server = launched(local_store.root, "--addr=:0", "--workers=1", "--proxy-protocol-from=127.0.0.1/32")
+    port = server.address[1]
+    with socket.create_connection((HOST, port), timeout=30) as control, control.makefile("rb") as replies:
+        control.sendall(b"PROXY TCP4 127.0.0.9 127.0.0.1 4444 21\r\nUSER anonymous\r\nPASS x\r\nTYPE I\r\nEPSV\r\n")
+        lines = [replies.readline() for _ in range(5)]
+        data_port = int(lines[-1].split(b"|")[3])
+        with socket.create_connection((HOST, data_port), timeout=30, source_address=("127.0.0.9", 0)) as data:
+            control.sendall(b"RETR a\r\n")
+            assert replies.readline()[:1] == b"1"
+            with data.makefile("rb") as file:
+                assert file.read() == DATA
+        assert replies.readline().startswith(b"226 ")

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyftpdlib.handlers import TLS_FTPHandler
+from pyftpdlib.servers import ThreadedFTPServer
 
 from ftpvfs import TLS_VFSDTPHandler, TLS_VFSHandler
 from tests.certificates import write_certificate
@@ -295,3 +297,30 @@ def test_an_upload_that_a_store_refuses_is_told_over_tls(
         upload(ftp, "a", b"x")
     wait_until(lambda: reply(ftp, "NOOP").startswith("200 "))
     assert_untouched(store)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_commands_in_one_long_record_are_all_answered(
+    local_store: Store, serve: Serve, secure: Any, version: str
+) -> None:
+    ftp = secure(serve(local_store), version)
+    ftp.sock.sendall(b"NOOP\r\n" * 2000)  # 12,000 bytes: more than the server takes out of TLS at once
+    assert {last_reply(ftp)[:4] for _ in range(2000)} == {"200 "}
+
+
+@pytest.mark.parametrize("handler", [TLS_VFSHandler, TLS_FTPHandler])
+def test_a_command_right_behind_an_upload_is_answered(
+    local_store: Store, ftp_server: Serve, certificate: Path, secure: Any, handler: type
+) -> None:
+    attributes = {"certfile": str(certificate), "ssl_context": None, "dtp_handler": TLS_VFSDTPHandler}
+    server_class = None if handler is TLS_VFSHandler else ThreadedFTPServer
+    ftp = secure(ftp_server(local_store, handler=handler, server_class=server_class, attributes=attributes))
+    for number in range(5):
+        data = ftp.transfercmd("STOR a")
+        data.sendall(b"x" * number)
+        data.unwrap()
+        data.close()
+        ftp.sock.sendall(b"SIZE a\r\n")
+        answers = {last_reply(ftp)[:3], last_reply(ftp)[:3]}
+        assert answers >= {"226"}
+        assert len(answers) == 2

@@ -405,6 +405,8 @@ def test_transfers_that_do_not_finish_in_time_are_cut_off_and_leave_the_old_file
         with data:
             data.sendall(DATA)
             assert server.stop() == 0
+        assert last_reply(ftp).startswith("426 ")
+        assert last_reply(ftp).startswith("421 ")
     assert "cut off" in server.log()
     assert store.read("a") == b"old"
     assert store.list() == {"a"}

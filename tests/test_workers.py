@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -268,3 +269,36 @@ def test_counts_of_several_processes_add_up_and_stay(child: Callable[..., Child]
     assert metrics.value(Count.LOGINS) == 3000
     assert metrics.values()["logins"] == 3000
     assert metrics.values()["bans"] == 0
+
+
+def short_of_processes(pipe: Connection, work: Callable[..., int], count: int, options: dict[str, Any]) -> None:
+    """A parent that cannot fork once, when it is to replace a worker."""
+    fork, refusals = os.fork, [True]
+    began = 0
+
+    def reluctant() -> int:
+        nonlocal began
+        began += 1
+        if began > count and refusals:
+            refusals.pop()
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    os.fork = reluctant
+    parent(pipe, work, count, options)
+
+
+def test_a_worker_that_cannot_be_replaced_at_once_is_replaced_later_and_the_others_go_on(
+    child: Callable[..., Child]
+) -> None:
+    family = child(short_of_processes, serve, 2, {})
+    try:
+        working = pids(hear(family, 3))
+        os.kill(working[0], signal.SIGKILL)
+        word = family.hear()
+        assert word[:2] == ("working", 0)
+        assert psutil.pid_exists(working[1])
+        stop(family)
+        assert {family.hear() for _ in range(4)} == {"stopping", ("terminated", 0), ("terminated", 1), ("over", 0)}
+    finally:
+        family.kill()

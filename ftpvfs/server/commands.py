@@ -23,6 +23,8 @@ LONGEST_COMMAND = 2048
 COMMANDS_A_TURN = 16
 # Replies that a client has not taken, before no more of its commands are run.
 MOST_REPLIES = 16
+# Seconds that a client gets to take the last reply.
+LAST_WORDS = 5.0
 
 
 class Commands(FTPHandler):
@@ -41,6 +43,8 @@ class Commands(FTPHandler):
     _task: Task | None = None
     # Replies that are sent together, once no more follow at once: a send costs as much as the rest of a command.
     _replies: list[bytes] | None = None
+    # Ends the session of a client that does not take its last reply.
+    _goodbye: Any = None
     # Whether commands wait for the client to take its replies.
     _is_clogged = False
     # The present command is longer than any may be, and dropped to its end: its tail must not run as another.
@@ -85,6 +89,16 @@ class Commands(FTPHandler):
                 self._run_commands()
             else:
                 self._abort_if_asked()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Read what TLS has decrypted and not given yet: no event of the connection tells of it."""
+        if not self._closed and has_decrypted(self.socket):
+            self._soon(self._read_decrypted)
+
+    def _read_decrypted(self) -> None:
+        if not self._is_over() and self._wanted_io_events & self.ioloop.READ:
+            self.handle_read()
 
     def initiate_send(self) -> None:
         """Send replies; go on with the commands that waited for that."""
@@ -107,9 +121,11 @@ class Commands(FTPHandler):
         super().push_with_producer(producer)
 
     def close_when_done(self) -> None:
-        """Disconnect the client once it has been told all."""
+        """Disconnect the client once it has been told all, or has not listened for a while."""
         self.say()
         super().close_when_done()
+        if not self._closed and self._goodbye is None:
+            self._goodbye = self.call_later(LAST_WORDS, self.close)
 
     def say(self) -> None:
         """Send the replies that are held back."""
@@ -138,6 +154,7 @@ class Commands(FTPHandler):
             self._replies = None
         if not self._wanted_io_events & self.ioloop.READ and not self._is_over() and self._may_read():
             self._listen_for(self.ioloop.READ)
+            self._read_on()
 
     def _may_read(self) -> bool:
         return not self._is_clogged and len(self.ac_in_buffer) < self.most_pipelined
@@ -227,6 +244,12 @@ class Commands(FTPHandler):
         task, self._task = self._task, None
         if task is not None and task is not current_task():
             task.abandon()
+
+
+def has_decrypted(connection: Any) -> bool:
+    """Tell whether TLS holds bytes of the client's that are decrypted already; always no without TLS."""
+    pending = getattr(connection, "pending", None)
+    return pending is not None and bool(pending())
 
 
 def asks_to_abort(waiting: bytes) -> bool:

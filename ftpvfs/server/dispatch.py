@@ -8,9 +8,10 @@ blocks.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import random
 import socket
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from pyftpdlib.handlers.ftp.dispatchers import ActiveDTP, PassiveDTP
@@ -36,6 +37,7 @@ class VFSPassiveDTP(PassiveDTP):
         self.log_exception = cmd_channel.log_exception
         Acceptor.__init__(self, ioloop=cmd_channel.ioloop)
         host, _, *rest = cmd_channel.local_address
+        told = None if extmode else self._told(host)
         self.set_socket(_new_socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
         try:
             port = self._bind(host, *rest)
@@ -43,7 +45,7 @@ class VFSPassiveDTP(PassiveDTP):
         except OSError:
             self.close()
             raise
-        self._announce(host, port, extmode=extmode)
+        self._announce(told, port)
         if self.timeout:
             self.call_later(self.timeout, self.handle_timeout)
 
@@ -67,14 +69,20 @@ class VFSPassiveDTP(PassiveDTP):
         self.cmd_channel.count(Count.PASSIVE_PORTS_EXHAUSTED)
         raise OSError(errno.EADDRNOTAVAIL, "No passive port is free")
 
-    def _announce(self, host: str, port: int, *, extmode: bool) -> None:
+    def _told(self, host: str) -> str:
+        """Return the address that PASV tells; EAFNOSUPPORT for one of IPv6, for which its reply has no room."""
         session = self.cmd_channel
-        if extmode:
-            session.respond(f"229 Entering extended passive mode (|||{port}|).")
+        told = plain_address(session.masquerade_address_map.get(host) or session.masquerade_address or host)
+        if ":" in told:
+            raise OSError(errno.EAFNOSUPPORT, "PASV knows IPv4 alone, use EPSV")
+        return told
+
+    def _announce(self, told: str | None, port: int) -> None:
+        if told is None:
+            self.cmd_channel.respond(f"229 Entering extended passive mode (|||{port}|).")
             return
-        told = session.masquerade_address_map.get(host) or session.masquerade_address or host
-        numbers = told.removeprefix("::ffff:").replace(".", ",")
-        session.respond(f"227 Entering passive mode ({numbers},{port // 256},{port % 256}).")
+        numbers = told.replace(".", ",")
+        self.cmd_channel.respond(f"227 Entering passive mode ({numbers},{port // 256},{port % 256}).")
 
     def close(self) -> None:
         """Listen no more."""
@@ -112,12 +120,14 @@ class VFSPassiveDTP(PassiveDTP):
         if self._closed:  # there is another one by now
             sock.close()
             return
-        if addr[0] != session.remote_ip and not session.permit_foreign_addresses:
+        is_foreign = plain_address(addr[0]) != plain_address(session.remote_ip)
+        if is_foreign and not session.permit_foreign_addresses:
             sock.close()
             session.count(Count.FOREIGN_DATA_CONNECTIONS)
             session.log(f"Rejected data connection from {addr[0]}:{addr[1]}.", logfun=session_logger.warning)
             return
-        super().handle_accepted(sock, addr)
+        # pyftpdlib compares once more, as text.
+        super().handle_accepted(sock, addr if is_foreign else (session.remote_ip, *addr[1:]))
         if session.connected and session.data_channel is None:
             session.no_data_connection("The data connection was closed at once")
 
@@ -177,6 +187,20 @@ class VFSActiveDTP(ActiveDTP):
     def _answer(self, code: int, text: str) -> None:
         self.cmd_channel.respond(f"{code} {text}")
         self.cmd_channel.log_cmd(self._cmd, self._normalized_addr, code, text)
+
+
+@lru_cache(maxsize=4096)
+def plain_address(address: str) -> str:
+    """Return an address in the one form in which it can be compared; what is none comes back as it is.
+
+    >>> plain_address("::ffff:192.0.2.1"), plain_address("0:0:0:0:0:0:0:1")
+    ('192.0.2.1', '::1')
+    """
+    try:
+        known = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(getattr(known, "ipv4_mapped", None) or known)
 
 
 def _new_socket(family: int) -> socket.socket:

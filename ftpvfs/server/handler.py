@@ -21,7 +21,7 @@ from pyftpdlib.log import logger as session_logger
 
 from ftpvfs import paths
 from ftpvfs.errors import reason_of
-from ftpvfs.server.dispatch import VFSActiveDTP, VFSPassiveDTP
+from ftpvfs.server.dispatch import VFSActiveDTP, VFSPassiveDTP, plain_address
 from ftpvfs.server.limits import Limited
 from ftpvfs.server.login import Login
 from ftpvfs.server.offload import Abandoned, current_task
@@ -54,8 +54,9 @@ TIME_AND_NAME = re.compile(r"(\d{14})(?:\.\d+)? +(\S.*)")
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # How often another passive port is looked for when a session was faster with the one that was found.
 PORT_TRIES = 20
-# What begins or ends a data connection waits while the outcome of the last transfer is still being found out.
-AFTER_THE_OUTCOME = TRANSFERS | {"PASV", "EPSV", "PORT", "EPRT", "ABOR", "USER", "REIN"}
+# What does not wait while the outcome of an upload that has ended is still being found out: it touches no file, and no
+# data connection. So a file that is deleted behind its upload is gone.
+BEFORE_THE_OUTCOME = {"NOOP", "STAT", "QUIT", "PWD", "XPWD", "FEAT", "SYST", "HELP"}
 # What asks for a file waits until a broken upload is put away, so that a client learns where to go on with it.
 AFTER_GIVING_UP = {"SIZE", "MLST", "STOR", "APPE", "DELE"}
 
@@ -153,7 +154,7 @@ class VFSHandler(Limited, PublicAddress, Login):
         if not paths.FORBIDDEN.isdisjoint(line):
             self.respond("501 A command has no line break or NUL in it.")
             return
-        if cmd in AFTER_THE_OUTCOME:
+        if cmd not in BEFORE_THE_OUTCOME or (cmd == "STAT" and arg):
             self._await_outcome(cmd)
         if cmd in AFTER_GIVING_UP:
             self._await_giving_up()
@@ -172,10 +173,11 @@ class VFSHandler(Limited, PublicAddress, Login):
     def _await_outcome(self, cmd: str) -> None:
         """Let the transfer that has ended get its answer first; once it is being published it cannot be aborted."""
         task, channel = current_task(), self.data_channel
-        if task is None or not isinstance(channel, VFSDTPHandler) or channel.outcome is None:
+        if task is None or not isinstance(channel, VFSDTPHandler):
             return
-        if cmd != "ABOR" or channel.stage is Stage.SETTLING:
-            task.wait(channel.outcome)
+        outcome = channel.foresee_outcome()
+        if outcome is not None and (cmd != "ABOR" or channel.stage is Stage.SETTLING):
+            task.wait(outcome)
 
     def _await_giving_up(self) -> None:
         task, given_up = current_task(), self.given_up
@@ -188,6 +190,10 @@ class VFSHandler(Limited, PublicAddress, Login):
         if cmd not in {"MDTM", "MFMT"} or not TIME_AND_NAME.fullmatch(arg):
             return False
         return cmd == "MFMT" or (self.authenticated and not self.fs.lexists(self.fs.ftp2fs(arg)))
+
+    def _make_eport(self, ip: str, port: int) -> None:
+        """Connect to the client; its address may be written in any of an address's forms."""
+        super()._make_eport(plain_address(ip), port)
 
     def _may_transfer(self) -> bool:
         """Tell whether a transfer may begin, after a word to the client where not."""

@@ -31,7 +31,6 @@ MOMENT = 0.001
 LONGEST_MOMENT = 0.01
 # Seconds after which the bans of other servers with the same list are known here; those of one server's at once.
 OTHERS_BANS = 1.0
-LAST_WORDS = 5.0  # seconds that a client gets to take the last reply
 BACKLOG = 1024  # connections that wait to be accepted; the system has a limit of its own
 # Bytes of commands that may wait before a client has logged in; more than one command's, or it could never end.
 MOST_PIPELINED = 4096
@@ -249,9 +248,16 @@ class Limited(FTPHandler):
         if getattr(self, "_ssl_accepting", False):  # there is no way to tell it yet
             self.close()
             return
-        self.call_later(LAST_WORDS, self.close)
         self.respond(refusal.value)
         self.close_when_done()
+
+    def cut_off(self, reason: str) -> None:
+        """End the transfer that is under way with an answer, unless it is being published; then the session."""
+        if self.data_channel is not None and self.data_channel.is_busy:
+            self.data_channel.break_off(reason)
+        if not self._closed and not self.is_dismissed:
+            self._shutdown_connecting_dtp()
+            self.dismiss(Refusal.CLOSING)
 
     @property
     def is_idle(self) -> bool:

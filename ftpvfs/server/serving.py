@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds between two looks at who has become idle while the server drains.
 TICK = 0.1
+# Seconds for the answers of what is cut off to get out.
+FAREWELL = 0.2
 
 
 class Service:
@@ -81,7 +83,9 @@ class Service:
 
     def _give_up(self) -> None:
         logger.warning("%d sessions did not end in time and are cut off", len(self.door.sessions))
-        self.loop.close()
+        for session in list(self.door.sessions):
+            session.cut_off("The server is shutting down")
+        self.loop.call_later(FAREWELL, self.loop.close)
 
 
 class _End:

@@ -27,7 +27,7 @@ from pyftpdlib.ioloop import _ERRNOS_DISCONNECTED, _ERRNOS_RETRY, AsyncChat
 from pyftpdlib.utils import is_ssl_sock
 
 from ftpvfs.errors import reason_of
-from ftpvfs.server.commands import asks_to_abort
+from ftpvfs.server.commands import asks_to_abort, has_decrypted
 from ftpvfs.server.loop import is_watched, leave_loop
 from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
 from ftpvfs.server.source import SEND, STEP, FileSource, NetworkText, TLSSource, ViewSource
@@ -230,10 +230,22 @@ class VFSDTPHandler(DTPHandler):
         else:
             self._want(self.ioloop.READ)
 
+    def foresee_outcome(self) -> Future[None] | None:
+        """Return what is done when the transfer has got its answer; None while the client may still send more.
+
+        A client ends its upload before it says more, but the loop may hear of the two in either order.
+        """
+        if self.outcome is None and self.receive and hasattr(select, "POLLRDHUP"):
+            poll = select.poll()
+            poll.register(self._fileno, select.POLLRDHUP)
+            if poll.poll(0):
+                self.outcome = Future()
+        return self.outcome
+
     def _end_upload(self) -> None:
         """The data connection has ended cleanly; see whether the control connection goes on."""
         self.stage = Stage.ENDED
-        self.outcome = Future()
+        self.outcome = self.outcome or Future()
         self.del_channel()
         if self._offload is None or not self.patience:
             self._commit_if_meant(self.patience)
@@ -625,4 +637,6 @@ def wants_to_abort(cmd_channel: Any) -> bool:
         waiting: bytes = cmd_channel.socket.recv(PEEK, socket.MSG_PEEK)
     except (OSError, SSL.Error):  # nothing waits
         return False
+    if has_decrypted(cmd_channel.socket):  # by having been looked at, so that no event tells of it any more
+        cmd_channel.ioloop.call_later(0, cmd_channel.handle_read_event, _errback=cmd_channel.handle_error)
     return asks_to_abort(waiting)

@@ -232,19 +232,33 @@ class Workers:
     def _start(self, slot: _Slot) -> None:
         if slot.status >= 0:
             os.close(slot.status)
-        slot.status, theirs = os.pipe()
-        os.set_blocking(slot.status, False)
+            slot.status = -1
         slot.said, slot.is_ready = b"", False
-        # A signal that comes before the child knows what to do with it waits until it does.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            self._live(slot, theirs)
-        os.close(theirs)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        slot.pid, slot.began = pid, time.monotonic()
+        try:
+            self._fork(slot)
+        except OSError as error:  # no processes, memory or descriptors to be had: the others go on
+            if slot.is_new:
+                raise
+            delay = slot.backoff.after(0.0)
+            slot.due = time.monotonic() + delay
+            logger.error("worker %d cannot be started (%s); tried again in %g s", slot.number, error, delay)  # noqa: TRY400
+
+    def _fork(self, slot: _Slot) -> None:
+        ours, theirs = os.pipe()
+        # A signal that comes before the child knows what to do with it waits until it does.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+        try:
+            os.set_blocking(ours, False)
+            slot.status = ours
+            pid = os.fork()
+            if pid == 0:
+                self._live(slot, theirs)
+            slot.pid, slot.began = pid, time.monotonic()
+        finally:
+            os.close(theirs)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _live(self, slot: _Slot, status: int) -> None:
         """Be a worker. Does not return, whatever happens: what is above is the parent's to do."""
