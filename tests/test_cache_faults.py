@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ftplib
 import os
 import subprocess
@@ -134,6 +135,31 @@ def test_a_deleted_file_stays_deleted_though_its_upload_had_no_answer(
         proxy.heal()
         vfs.sync(60)
     assert s3_store.list() == set()
+
+
+def test_what_waits_for_a_name_does_not_replace_what_was_renamed_to_it_before_a_crash(
+    make: MakeVFS, s3_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vfs = make()
+    with vfs.open("source", "wb") as handle:
+        handle.write(b"renamed")
+    vfs.sync(60)
+    vfs.close()
+    vfs = make(write_back="1h")
+    with vfs.open("target", "wb") as handle:
+        handle.write(b"waits")
+
+    def dying(path: str, **keywords: Any) -> None:
+        raise OSError(errno.EIO, "the test ends the process here", path)
+
+    monkeypatch.setattr(vfs.core.backend, "remove", dying)
+    with pytest.raises(OSError, match="could not be removed"):
+        vfs.rename("source", "target")
+    vfs.close()
+
+    again = make()
+    again.sync(60)
+    assert s3_store.read("target") == b"renamed"
 
 
 # -- the store is away at the start

@@ -133,6 +133,11 @@ class Pending:
         self._cache.supersede(path)
         self._cache.forget_item(path)
 
+    def store(self, path: str) -> None:
+        """Have what waits at a path done at the store."""
+        if self._cache.dirty(path) is not None:
+            self._writeback.upload_now(path)
+
     def settle(self, path: str) -> None:
         """Have the deletions at a path and directly below it done at the store."""
         for record in [self._cache.dirty(path), *self._cache.dirty_in(path)]:

@@ -491,12 +491,15 @@ class VFS:
         name = paths.split(target)[1]
         if core.times.keeps:
             core.times.fill(paths.split(source)[0], entry)
+        if core.backend.capability.renames_files and core.pending is not None:
+            core.pending.store(target)  # else, after a crash, what waits for the target would replace what was renamed
         with core.writer(*sorted((source, target))):
             if core.backend.capability.renames_files:
                 core.backend.rename(source, target)
                 renamed = core.backend.stat(target)
             else:
                 renamed = core.backend.copy(source, target)
+                core.replaced(target)  # before the source goes, for the same reason
                 try:
                     core.backend.remove(source)
                 except OSError as error:

@@ -64,8 +64,7 @@ class Server:
         self._arguments = [store.url, *self._cache, *options]
         self._serve = [
             "--addr", f"{HOST}:{self.port}", "-v", "--vfs-write-back", write_back,
-            "--drain-timeout", f"{DRAIN_DEADLINE:.0f}s",
-            *([] if workers == 1 else ["--workers", str(workers)]),
+            "--drain-timeout", f"{DRAIN_DEADLINE:.0f}s", "--workers", str(workers),
         ]  # fmt: skip
         self._log = folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
