@@ -192,6 +192,36 @@ def test_where_a_reply_waits_for_the_store_it_has_the_file(
     assert get(vfs, "a")[:9] == b"changedxx"
 
 
+@two_stores
+@pytest.mark.parametrize(("mode", "ack"), [("minimal", "cache"), ("full", "store")])
+def test_who_appends_to_what_others_change_meanwhile_is_dealt_with_as_the_conflict_policy_says(
+    store: Store, make: Callable[..., Any], mode: str, ack: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def append(conflict: str) -> Any:
+        store.write("a", b"base ")
+        vfs = make(store, mode, ack=ack, conflict=conflict)
+        with vfs.open("a", "ab") as file:
+            file.write(b"and more")
+            wait_until(lambda: file.pressure() is None)  # the base is here
+            store.write("a", b"by somebody else")
+        return vfs
+
+    append("overwrite")
+    assert store.read("a") == b"base and more"
+    assert "is overwritten" in caplog.text
+
+    with pytest.raises(OSError, match="--vfs-conflict is fail"):
+        append("fail")
+    assert store.read("a") == b"by somebody else"
+
+    vfs = append("keep-both")
+    assert get(vfs, "a") == b"by somebody else"
+    (beside,) = store.list() - {"a"}
+    assert beside.startswith("a (conflict ")
+    assert store.read(beside) == b"base and more"
+    assert sorted(vfs.listdir()) == ["a", beside]
+
+
 @pytest.mark.parametrize("store", ["s3"], indirect=True)
 def test_an_upload_that_fails_while_it_is_sent_is_sent_again_from_the_cache(
     store: Store, make: Callable[..., Any], make_proxy: Callable[..., Any]

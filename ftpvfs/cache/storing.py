@@ -257,24 +257,21 @@ class Storing:
 
     def _send_in_conflict(self, record: DirtyRecord, descriptor: int, turn: Turn) -> Outcome:
         found = self._found(record.path)
+        replaces: Condition | None
         if self._is_ours(record.path, found):
-            entry = self._put(record, descriptor, turn, ABSENT if found is None else found.fingerprint or ANY)
-        elif self._policy == "overwrite":
-            logger.warning("%r was changed at the store by others, and is overwritten (--vfs-conflict)", record.path)
-            entry = self._put(record, descriptor, turn, ANY)
-        elif self._policy == "fail":
-            raise _refused(record.path, found)
-        elif found is None:
-            entry = self._put(record, descriptor, turn, ABSENT)
+            replaces = ABSENT if found is None else found.fingerprint or ANY
         else:
+            replaces = allowed_in_conflict(self._policy, record.path, found)
+        if replaces is None:
+            assert found is not None
             return self._send_beside(record, descriptor, turn, found)
-        return self._is_stored(record, entry)
+        return self._is_stored(record, self._put(record, descriptor, turn, replaces))
 
     def _send_beside(self, record: DirtyRecord, descriptor: int, turn: Turn, found: Entry) -> Outcome:
         """Store the file under another name; the name is the same after a crash."""
         beside = conflict_name(record.path, record.since)
         entry = self._put_at(beside, record, descriptor, turn, ABSENT)
-        logger.warning("%r was changed at the store by others; the file uploaded here is %r", record.path, beside)
+        tell_of_beside(record.path, beside)
         self._stored(record, beside, entry)
         # The entry is another path's, so that nobody takes the bytes for what the store has at this one.
         is_newest = self._cache.uploaded(record, entry)
@@ -401,6 +398,24 @@ def _condition(record: DirtyRecord) -> Condition:
     if not record.base_known:
         return ANY
     return ABSENT if record.base is None else record.base
+
+
+def allowed_in_conflict(policy: str, path: str, found: Entry | None) -> Condition | None:
+    """Return what an upload may replace by `--vfs-conflict` where others came first and have left `found`.
+
+    None where both are to be kept: the upload goes to `conflict_name`. Raises ECHANGED where it is to fail.
+    """
+    if policy == "overwrite":
+        logger.warning("%r was changed at the store by others, and is overwritten (--vfs-conflict)", path)
+        return ANY
+    if policy == "fail":
+        raise _refused(path, found)
+    return ABSENT if found is None else None
+
+
+def tell_of_beside(path: str, beside: str) -> None:
+    """Say where an upload went because others came first."""
+    logger.warning("%r was changed at the store by others; the file uploaded here is %r", path, beside)
 
 
 def _refused(path: str, found: Entry | None) -> OSError:

@@ -5,16 +5,18 @@ Nothing here touches the store or the disk; the handles do, when the first byte 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from dataclasses import dataclass
 
-from ftpvfs.backend.backend import ANY, Entry, Upload
+from ftpvfs.backend.backend import ABSENT, ANY, Condition, Entry, Upload
 from ftpvfs.cache.downloader import Reader
 from ftpvfs.cache.item import Draft
 from ftpvfs.cache.records import PartialRecord
+from ftpvfs.cache.storing import allowed_in_conflict, conflict_name, tell_of_beside
 from ftpvfs.clock import Clock
-from ftpvfs.errors import failure
+from ftpvfs.errors import ECHANGED, failure
 from ftpvfs.vfs.cached import CachedReadHandle, CachedWriteHandle
 from ftpvfs.vfs.core import CacheParts, Core
 from ftpvfs.vfs.handle import FileHandle, Handle, ReadHandle, WriteHandle
@@ -145,7 +147,7 @@ class Opening:
         draft = cache.draft(request.path, user=request.user, base=item)  # type: ignore[arg-type]
         sends = self._stores_first and base is None
         upload = core.backend.upload(request.path, mtime=self._mtime()) if sends else None
-        return Tee(cache, draft, upload, run)
+        return Tee(cache, draft, upload, run, replaces=_version_of(base))
 
     def _publish(self, request: Request, tee: Tee) -> None:
         if self._stores_first:
@@ -159,14 +161,39 @@ class Opening:
         with core.writer(path):
             entry = tee.sent()
             if entry is None:
-                draft = tee.draft
-                upload = core.backend.upload_file(
-                    path, draft.descriptor, draft.size, mtime=self._mtime(), replaces=ANY
-                )
-                entry = upload.send()
-            parts.cache.publish_clean(tee.draft, entry)
+                path, entry = self._send(path, tee)
+            if path == request.path:
+                parts.cache.publish_clean(tee.draft, entry)
+            else:
+                tee.abandon()
             core.changed(path, entry)
         parts.writeback.stored(request.user, path, entry)
+
+    def _send(self, path: str, tee: Tee) -> tuple[str, Entry]:
+        """Send a draft; return where it is now: beside the path, where others came first and --vfs-conflict says so."""
+        try:
+            return path, self._send_to(path, tee, tee.replaces)
+        except OSError as error:
+            if error.errno != ECHANGED or tee.replaces is ANY:
+                raise
+        found = None
+        with contextlib.suppress(FileNotFoundError):
+            found = self._core.backend.stat(path)
+        replaces = allowed_in_conflict(self._options.conflict, path, found)
+        if replaces is not None:
+            return path, self._send_to(path, tee, replaces)
+        assert found is not None
+        self._core.changed(path, found)
+        beside = conflict_name(path, self._clock.time())
+        entry = self._send_to(beside, tee, ABSENT)
+        tell_of_beside(path, beside)
+        return beside, entry
+
+    def _send_to(self, path: str, tee: Tee, replaces: Condition) -> Entry:
+        draft, mtime = tee.draft, self._mtime()
+        return self._core.backend.upload_file(
+            path, draft.descriptor, draft.size, mtime=mtime, replaces=replaces
+        ).send()
 
     def _acknowledge(self, request: Request, draft: Draft) -> None:
         """Make the file the one that the store is to have; on return it survives a kill and a power cut."""
@@ -186,6 +213,13 @@ class Opening:
         if parts is None:
             raise failure(errno.EINVAL, self._core.backend.display, "There is no cache in mode off")
         return parts
+
+
+def _version_of(base: CachedReadHandle | None) -> Condition:
+    """Return the store's version that a draft begins with, ANY where it begins empty or with what the store lacks."""
+    if base is None or is_local(base.entry):
+        return ANY
+    return base.entry.fingerprint or ANY
 
 
 def _there(request: Request) -> Entry:

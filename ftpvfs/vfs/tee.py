@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from ftpvfs.backend.backend import Entry, Upload
+from ftpvfs.backend.backend import ANY, Condition, Entry, Upload
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.item import Draft
 
@@ -18,14 +18,21 @@ class Tee:
     """A draft and, as long as it is written from its beginning to its end, the upload of the same bytes.
 
     When the upload fails, or the writer goes back, the draft alone goes on. One thread at a time; `run` does in another
-    thread what waits for the store.
+    thread what waits for the store. `replaces` is the version that the draft was made of; ANY where there was none.
     """
 
     def __init__(
-        self, cache: Cache, draft: Draft, upload: Upload | None, run: Callable[[Callable[[], object]], None]
+        self,
+        cache: Cache,
+        draft: Draft,
+        upload: Upload | None,
+        run: Callable[[Callable[[], object]], None],
+        *,
+        replaces: Condition = ANY,
     ) -> None:
         self._cache = cache
         self.draft = draft
+        self.replaces = replaces
         self._upload = upload
         self._run = run
 
