@@ -196,6 +196,37 @@ def test_only_the_newest_of_several_versions_is_sent(
     assert puts(proxy) == 1
 
 
+@pytest.mark.parametrize("is_asked", [False, True], ids=["waiting", "after a sync"])
+def test_a_clock_that_is_set_back_keeps_nothing_from_the_store(
+    make_rig: Callable[..., Rig], local_store: Store, clock: MovedClock, is_asked: bool
+) -> None:
+    rig = make_rig(local_store)
+    if is_asked:
+        rig.publish("before", b"x")
+        rig.writeback.sync()
+    else:
+        rig.publish("waits", b"x")
+    clock.now -= 3600
+    rig.publish("a", b"x")
+    assert rig.row("a")["due"] == clock.now + REST
+    rig.settle()
+    assert "a" in local_store.list()
+
+
+def test_a_clock_that_was_set_back_makes_no_failure_be_tried_again_at_once(
+    far: Callable[..., Rig], proxy: FaultProxy, clock: MovedClock
+) -> None:
+    rig = far()
+    proxy.refuse = True
+    rig.publish("a", b"x")
+    clock.now -= 3600
+    rig.writeback.notify()
+    wait_until(lambda: rig.row("a")["tries"] == 1)
+    assert clock.now < rig.row("a")["due"] <= clock.now + 300
+    proxy.refuse = False
+    rig.settle()
+
+
 def test_an_empty_file_is_stored(store: Store, make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(store, write_back=0.0)
     rig.publish("empty", b"")

@@ -180,7 +180,7 @@ class WriteBack:
             "since": record.since,
             "tries": record.tries,
             "error": record.error,
-            "due": self._due(record),
+            "due": self._due(record, self._clock.time()),
         }
 
     def sync(self, timeout: float | None = None) -> None:
@@ -273,7 +273,7 @@ class WriteBack:
         dirty = {record.path: record for record in self._cache.all_dirty()}
         with self._lock:
             self._call_off_locked(dirty)
-            waiting = [(self._due(record), path) for path, record in dirty.items() if path not in self._turns]
+            waiting = [(self._due(record, now), path) for path, record in dirty.items() if path not in self._turns]
             ready = sorted(each for each in waiting if each[0] <= now)
             self._ready = deque(path for _, path in ready)
             self._tried = {path: tried for path, tried in self._tried.items() if path in dirty}
@@ -295,19 +295,26 @@ class WriteBack:
             if record is not None and (path not in dirty or dirty[path].generation != record.generation):
                 turn.cancel()
 
-    def _due(self, record: DirtyRecord) -> float:
-        """Return the wall time from which on a record may be worked on."""
+    def _due(self, record: DirtyRecord, now: float) -> float:
+        """Return the wall time from which on a record may be worked on.
+
+        Times that have not come yet are of before the clock was set back; nothing waits until it has caught up.
+        """
+
+        def past(moment: float) -> float:
+            return moment if moment <= now else 0.0
+
         held = self._held.get(record.path)
         if held is not None:
-            return held
-        tried = self._tried.get(record.path, 0.0)
-        if tried < record.since and self._is_draining:
-            return record.since
-        if record.since <= self._asked and tried < self._asked:
-            return self._asked
+            return held if held <= now + LONGEST_RETRY else now
+        since, tried, asked = past(record.since), past(self._tried.get(record.path, 0.0)), past(self._asked)
+        if tried < since and self._is_draining:
+            return since
+        if since <= asked and tried < asked:
+            return asked
         rest = 0.0 if self._is_draining else self._rest
-        # Where the clock was set back, nothing waits until it has caught up.
-        return min(max(record.due, record.since + rest), self._clock.time() + max(rest, LONGEST_RETRY))
+        due = max(record.due, since + rest)
+        return due if due <= now + max(rest, LONGEST_RETRY) else now
 
     def _begin_locked(self) -> None:
         for _ in range(min(self._options.transfers - self._workers, len(self._ready))):
@@ -340,7 +347,8 @@ class WriteBack:
                     continue
                 turn = self._turns[path] = Turn(path)
             record = self._cache.dirty(path)
-            if record is not None and self._due(record) <= self._clock.time():
+            now = self._clock.time()
+            if record is not None and self._due(record, now) <= now:
                 return turn
             with self._lock:  # replaced by a newer one, or gone, since the last look
                 self._turns.pop(path, None)
