@@ -20,6 +20,7 @@ from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.index import Index
 from ftpvfs.cache.records import DirtyRecord
 from ftpvfs.cache.storing import SETTLED_AFTER, conflict_name
+from ftpvfs.cache.uploadlog import UploadLog
 from ftpvfs.cache.writeback import WriteBack
 from ftpvfs.clock import Clock
 from ftpvfs.config import VFSOptions
@@ -661,6 +662,29 @@ def test_news_that_were_not_taken_are_told_again_also_after_a_restart(
     again.advance(2)
     wait_until(lambda: len(heard) == 3)
     assert len({event["id"] for event in heard}) == 1
+
+
+def test_news_that_cannot_be_written_down_change_nothing_and_are_told_later(
+    far: Callable[..., Rig], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[dict[str, Any]] = []
+    rig = far(on_received=heard.append, on_failed=heard.append, failed_after=1)
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    proxy.refuse = True
+    with monkeypatch.context() as patch:
+        patch.setattr(UploadLog, "add_event", full)
+        rig.publish("a", b"x")
+        rig.advance()
+        wait_until(lambda: rig.row("a")["tries"])
+        assert rig.row("a")["due"] > rig.clock.now
+    assert "cannot be written down" in caplog.text
+    proxy.refuse = False
+    rig.settle(300)
+    wait_until(lambda: len(heard) == 2)
+    assert {event["event"] for event in heard} == {"received", "failed"}
 
 
 def test_a_command_gets_the_news_as_json_and_as_variables(

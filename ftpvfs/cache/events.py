@@ -16,11 +16,12 @@ import signal
 import subprocess
 import threading
 import urllib.request
+from collections import deque
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
-from ftpvfs.cache.uploadlog import UploadLog
+from ftpvfs.cache.uploadlog import MOST_EVENTS, UploadLog
 from ftpvfs.clock import Clock
 from ftpvfs.config import VFSOptions
 
@@ -56,6 +57,8 @@ class Events:
         self._telling: set[str] = set()
         # News that were not taken: how often, and when they are told again.
         self._failed: dict[str, tuple[int, float]] = {}
+        # News that could not be written down yet.
+        self._unwritten: deque[Event] = deque(maxlen=MOST_EVENTS)
 
     @property
     def is_any_wanted(self) -> bool:
@@ -67,17 +70,45 @@ class Events:
         return kind in self._hooks
 
     def add(self, kind: str, path: str, **facts: Any) -> None:
-        """Keep news to be told by the leader, who is to be woken; on the disk on return. Nothing where nobody asked."""
+        """Keep news to be told by the leader, who is to be woken; on the disk on return. Nothing where nobody asked.
+
+        Raises nothing: what they tell of has happened. Where the disk does not take them they are kept in memory until
+        it does.
+        """
         if kind not in self._hooks:
             return
         now = self._clock.time()
         moment = datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="milliseconds")
-        self._log().add_event(now, {"event": kind, "path": path, "time": moment, "at": now, **facts})
+        event = {"event": kind, "path": path, "time": moment, "at": now, **facts}
+        try:
+            self._log().add_event(now, event)
+        except OSError as error:
+            logger.error(  # noqa: TRY400 - the disk is full, or the like
+                "news that %r is %s cannot be written down, and are lost if the process ends first: %s",
+                path, kind, error,
+            )  # fmt: skip
+            with self._lock:
+                self._unwritten.append(event)
+        else:
+            self._write_down()
+
+    def _write_down(self) -> None:
+        """Write down what could not be; what still cannot be stays."""
+        while self._unwritten:
+            event = self._unwritten[0]
+            try:
+                self._log().add_event(event["at"], event)
+            except OSError:
+                return
+            with self._lock:
+                if self._unwritten and self._unwritten[0] is event:
+                    self._unwritten.popleft()
 
     def tell(self) -> float | None:
         """Begin to tell what waits; return in how many seconds to call again, None where nothing waits for a time."""
         if not self._hooks:
             return None
+        self._write_down()
         waiting = self._log().events()
         now = self._clock.time()
         with self._lock:
