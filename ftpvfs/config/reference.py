@@ -73,6 +73,7 @@ def help_text() -> str:
         "Usage:",
         "  ftpvfs [serve] [URL] [flags]     URL is a folder (default: the current one) or e.g. s3://bucket/prefix",
         "  ftpvfs check-config FILE",
+        "  ftpvfs cache ls|verify|flush [URL] [flags]   see what the disk cache has, compare, store what waits",
         "  ftpvfs hash-password             make a password_hash for a [user:NAME] in the ini file",
         "",
         f"Each flag is also a variable, --read-only is {PREFIX}READ_ONLY, and a key in the ini file.",
