@@ -35,6 +35,7 @@ from ftpvfs.vfs.vfs import VFS
 logger = logging.getLogger(__name__)
 
 KEPT = 300.0  # seconds for which an answer holds, and a store that nobody uses stays open: rclone's
+SURELY = 1.0  # seconds for which an answer has to hold yet, so that it does when it is asked for the next moment
 PATIENCE = 60.0  # seconds that the program gets
 # rclone's kinds of stores under fsspec's names, where they differ.
 PROTOCOLS = {"local": "file", "google cloud storage": "gs", "azureblob": "abfs"}
@@ -118,6 +119,11 @@ class ProxyAuthorizer(VFSAuthorizer):
         """The stores that are open."""
         with self._lock:
             return tuple(store.vfs for store in self._stores.values())
+
+    def answers_at_once(self, username: str, password: str, handler: Any) -> bool:
+        """Tell whether the program need not be asked."""
+        login = self._login_of(self._key(username, password, handler))
+        return login is not None and login.expires > time.monotonic() + SURELY
 
     def validate_authentication(self, username: str, password: str, handler: Any) -> None:
         """Raise AuthenticationFailed unless the program knows user and password."""

@@ -10,6 +10,7 @@ import ipaddress
 import logging
 import socket
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,9 +19,10 @@ from pyftpdlib.log import logger as session_logger
 
 from ftpvfs.coordination.sessions import Admission, SessionTable
 from ftpvfs.metrics import Count, Metrics
-from ftpvfs.server.offload import current_task
+from ftpvfs.server.offload import BANS, Lane, current_task
 from ftpvfs.server.proxy_protocol import ProxyHeader, is_within
 from ftpvfs.server.server import VFSServer
+from ftpvfs.waiting import Wait
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,8 @@ class Door:
         self.is_closing = False
         self.sessions: set[Limited] = set()
         self._bans = bans
+        # One thread for all that is written to the ban list, and for ever: each new one would open the database anew.
+        self._desk = Lane(f"ftpvfs-{BANS}", 1, Wait.STORE, idle=None)
         # Who is not banned, as long as the count of bans is this and it is not later than that.
         self._not_banned: set[str] = set()
         self._bans_counted = -1
@@ -138,13 +142,30 @@ class Door:
         self.sessions.discard(session)
         self.table.leave(session.remote_ip)
 
-    def wrong_password(self, ip: str) -> None:
-        """Count a wrong password from an address. Any thread; waits for the disk."""
-        try:
-            if self._bans is not None and self._bans.failed(ip):
-                self.metrics.add(Count.BANS)
-        except OSError as error:
-            logger.warning("the ban list cannot be written: %s", error)
+    def wrong_password(self, ip: str) -> Future[bool]:
+        """Have a wrong password of an address counted. Any thread; the outcome: whether it is banned from now on."""
+        counted: Future[bool] = Future()
+        bans, metrics = self._bans, self.metrics
+
+        def count() -> None:
+            is_banned = False
+            try:
+                is_banned = bans is not None and bans.failed(ip)
+            except OSError as error:
+                logger.warning("the ban list cannot be written: %s", error)
+            if is_banned:
+                metrics.add(Count.BANS)
+            counted.set_result(is_banned)
+
+        if bans is None:
+            counted.set_result(False)
+        else:
+            self._desk.submit(count)
+        return counted
+
+    def close(self) -> None:
+        """Keep no thread any more."""
+        self._desk.retire()
 
 
 class LimitedServer(VFSServer):
@@ -158,6 +179,11 @@ class LimitedServer(VFSServer):
         self.door = door
         self._was_left = False
         super().__init__(address_or_socket, handler, ioloop, BACKLOG)
+
+    def close(self) -> None:
+        """Take no connections any more."""
+        super().close()
+        self.door.close()
 
     def takes_next(self) -> bool:
         """Tell whether the next connection is for this process; else leave it to the others for a moment.
@@ -212,6 +238,8 @@ class Limited(FTPHandler):
     _is_admitted = False
     _commands_before_login = 0
     _login_timer: Any = None
+    # The counting of the last wrong password.
+    _counting: Future[bool] | None = None
 
     @property
     def door(self) -> Door | None:
@@ -309,19 +337,23 @@ class Limited(FTPHandler):
         self.count(Count.LOGINS)
         super().handle_auth_success(home, password, msg_login)
 
+    def count_failure(self) -> None:
+        """Count a wrong password, once. Any thread."""
+        if self.door is not None and self._counting is None:
+            self._counting = self.door.wrong_password(self.remote_ip)
+
     def handle_auth_failed(self, msg: str, password: str) -> None:
         """Answer a wrong password, after a while; meanwhile the client's other commands wait, and nobody else."""
         self.count(Count.LOGINS_FAILED)
-        task, door = current_task(), self.door
+        self.count_failure()
+        counting, self._counting = self._counting, None
+        task = current_task()
         if task is None:
-            if door is not None:
-                door.wrong_password(self.remote_ip)
             super().handle_auth_failed(msg, password)
             return
         user, self.username = self.username, ""
-        if door is not None:
-            ip = self.remote_ip
-            task.call("bans", lambda: door.wrong_password(ip), changes=True)
+        if counting is not None and not counting.done():
+            task.wait(counting)
         task.sleep(self.auth_failed_timeout)
         self._answer_wrong_password(user, password, msg or "Authentication failed.")
 

@@ -10,11 +10,12 @@ Each store has a lane of its own, so that those who wait for a dead one do not u
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,9 +33,13 @@ T = TypeVar("T")
 # Owners of lanes beside the stores.
 DISK = "disk"
 PASSWORDS = "passwords"
+BANS = "bans"
 # Threads of one lane. Those of a store wait for its answers; two hashes of a password fill two processors.
 MOST_THREADS = {DISK: 64, PASSWORDS: 2}
 MOST_STORE_THREADS = 32
+# Calls that wait in a lane until they are begun, and tasks that wait for a turn of one key: beyond it nobody waits.
+MOST_QUEUED = 512
+MOST_IN_TURN = 64
 # Greenlets without a task that are kept for the next.
 KEPT_CARRIERS = 64
 # Seconds after which a thread without work ends.
@@ -47,14 +52,20 @@ class Abandoned(Exception):
     """Raised in a parked task whose outcome nobody wants any more. No OSError: nobody is to answer it."""
 
 
+class Crowded(Exception):
+    """Raised where too many wait already. No OSError: it is no store's answer."""
+
+
 class Lane:
     """Daemon threads for calls of one kind, started when needed and ended when idle. Any thread.
 
     concurrent.futures' threads would keep the process from ending as long as a dead store does not answer.
     """
 
-    def __init__(self, name: str, most: int, may_wait_for: Wait) -> None:
+    def __init__(self, name: str, most: int, may_wait_for: Wait, idle: float | None = IDLE) -> None:
+        """`idle` are the seconds after which a thread without work ends, None: with the lane."""
         self.may_wait_for = may_wait_for
+        self._idle_time = idle
         self._name = name
         self._most = most
         self._changed = threading.Condition()
@@ -74,6 +85,20 @@ class Lane:
                 self._threads += 1
                 threading.Thread(target=self._run, name=self._name, daemon=True).start()
 
+    def drop(self, work: Callable[[], None]) -> bool:
+        """Forget a work, unless a thread has begun it; tell whether that was so in time."""
+        with self._changed:
+            if work not in self._works:
+                return False
+            self._works.remove(work)
+            return True
+
+    @property
+    def queued(self) -> int:
+        """How many works no thread has begun."""
+        with self._changed:
+            return len(self._works)
+
     @property
     def busy(self) -> int:
         """How many threads are at work."""
@@ -83,8 +108,13 @@ class Lane:
     def close(self) -> None:
         """Drop what nobody has begun, and let the threads end as soon as they are through with what they do."""
         with self._changed:
-            self._is_closed = True
             self._works.clear()
+        self.retire()
+
+    def retire(self) -> None:
+        """Let threads end as soon as there is no work; what still comes is done."""
+        with self._changed:
+            self._is_closed = True
             self._changed.notify_all()
 
     def _run(self) -> None:
@@ -96,7 +126,7 @@ class Lane:
     def _next(self) -> Callable[[], None] | None:
         with self._changed:
             self._idle += 1
-            self._changed.wait_for(lambda: self._works or self._is_closed, IDLE)
+            self._changed.wait_for(lambda: self._works or self._is_closed, self._idle_time)
             self._idle -= 1
             if self._works:
                 return self._works.popleft()
@@ -112,6 +142,7 @@ class Offload:
         self._lanes: weakref.WeakKeyDictionary[Any, Lane] = weakref.WeakKeyDictionary()
         self._named: dict[str, Lane] = {}
         self._parked: set[Task] = set()
+        self._turns: dict[Hashable, _Turns] = {}
         self._idle: list[_Carrier] = []
         self.is_closed = False
         self._later: set[Future[None]] = set()
@@ -131,6 +162,12 @@ class Offload:
             most = MOST_THREADS.get(name, MOST_STORE_THREADS)
             lane = lanes[owner] = Lane(f"ftpvfs-{name}", most, Wait.DISK if owner == DISK else Wait.STORE)
         return lane
+
+    def tidy_turns(self, key: Hashable) -> None:
+        """Forget the turns of a key that nobody has any more."""
+        turns = self._turns.get(key)
+        if turns is not None and turns.is_unused:
+            del self._turns[key]
 
     def task(self, work: Callable[[], object]) -> Task:
         """Return a new task, to be started; `work` deals with its own exceptions, `Abandoned` among them."""
@@ -195,7 +232,7 @@ def _nothing() -> None:
 class Task:
     """Work on the event loop that may park. The loop's own thread."""
 
-    __slots__ = ("_carrier", "_job", "_offload", "_ticket", "_work", "ended", "is_over")
+    __slots__ = ("_carrier", "_drop", "_errand", "_job", "_offload", "_ticket", "_work", "ended", "is_over")
 
     def __init__(self, offload: Offload, work: Callable[[], object]) -> None:
         self._offload = offload
@@ -207,6 +244,9 @@ class Task:
         # What it waits for: a late answer to an earlier question finds another one here.
         self._ticket: object = None
         self._job: Job | None = None
+        self._drop: Callable[[], object] | None = None
+        # The last call that it had to finish.
+        self._errand: _Errand | None = None
 
     def start(self) -> None:
         """Run until it parks or ends."""
@@ -236,16 +276,16 @@ class Task:
         assert self._carrier is not None
         return self._carrier
 
-    def _park(self, job: Job | None) -> Any:
-        """Let others run until `_deliver` comes with the present ticket, or `abandon`."""
-        self._job = job
+    def _park(self, job: Job | None, drop: Callable[[], object] | None = None) -> Any:
+        """Let others run until `_deliver` comes with the present ticket, or `abandon`, which calls `drop`."""
+        self._job, self._drop = job, drop
         self._offload._parked.add(self)
         try:
             parent = self.carrier.parent
             assert parent is not None
             return parent.switch()
         finally:
-            self._job = None
+            self._job = self._drop = None
 
     def _deliver(self, ticket: object, *value: Any) -> None:
         if ticket is self._ticket:
@@ -267,6 +307,8 @@ class Task:
             return
         if self._job is not None:
             self._job.cancel()
+        if self._drop is not None:
+            self._drop()
         self._leave_parking(self.carrier.throw, Abandoned())
 
     # --- within the task
@@ -288,6 +330,51 @@ class Task:
         outcome: Future[T] = self._park(errand.job)
         return outcome.result()
 
+    def finish(self, owner: Hashable, call: Callable[[], T]) -> T:
+        """Return the outcome of a call by a thread: made to its end once begun, and never if the client leaves before.
+
+        Raises Crowded where too many wait for the owner's threads.
+        """
+        lane = self._offload.lane(owner)
+        if lane.queued >= MOST_QUEUED:
+            raise Crowded
+        errand = self._errand = _Errand(call, self, None)
+        work = partial(errand._run, lane)
+
+        def drop() -> None:
+            errand.is_over = lane.drop(work)
+
+        lane.submit(work)
+        outcome: Future[T] = self._park(None, drop)
+        return outcome.result()
+
+    @contextlib.contextmanager
+    def turn(self, key: Hashable, most: int) -> Iterator[None]:
+        """Be one of `most` tasks with this key that are in the block at once; the others park, in their order.
+
+        One whose client leaves while a thread does what it has to `finish` is in it until that is done. Raises Crowded
+        where too many wait.
+        """
+        turns = self._offload._turns.setdefault(key, _Turns(most))
+        try:
+            turns.enter(self)
+        except BaseException:
+            self._offload.tidy_turns(key)
+            raise
+
+        def leave() -> None:
+            turns.leave()
+            self._offload.tidy_turns(key)
+
+        try:
+            yield
+        finally:
+            errand, self._errand = self._errand, None
+            if errand is None or errand.is_over:
+                leave()
+            else:
+                errand.ended = leave
+
     def wait(self, future: Future[Any]) -> None:
         """Park until a future is done, however it ends."""
         ticket = self._ticket = object()
@@ -306,6 +393,45 @@ class Task:
                 timer.cancel()
 
 
+class _Turns:
+    """Whose turn it is, of the tasks with one key. The loop's own thread."""
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+        self._most = most
+        self._waiting: deque[Future[None]] = deque()
+
+    def enter(self, task: Task) -> None:
+        """Take a turn; park until there is one."""
+        if self._free:
+            self._free -= 1
+            return
+        if len(self._waiting) >= MOST_IN_TURN:
+            raise Crowded
+        mine: Future[None] = Future()
+        self._waiting.append(mine)
+        try:
+            task.wait(mine)
+        except Abandoned:
+            if mine.done():
+                self.leave()
+            else:
+                self._waiting.remove(mine)
+            raise
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether nobody has a turn."""
+        return self._free == self._most
+
+    def leave(self) -> None:
+        """Give a turn to whoever has waited longest."""
+        if self._waiting:
+            self._waiting.popleft().set_result(None)
+        else:
+            self._free += 1
+
+
 class _Errand:
     """One call that a thread makes for a parked task."""
 
@@ -315,6 +441,9 @@ class _Errand:
         self._task = task
         self._offload = task._offload
         self._ticket = task._ticket = object()
+        self.is_over = False
+        # Called on the loop once a thread is through with it.
+        self.ended: Callable[[], object] | None = None
 
     def go(self, lane: Hashable, store: Hashable) -> None:
         """Have it made in a lane; one that turns out to need the store is made again in the store's."""
@@ -335,6 +464,9 @@ class _Errand:
         self._offload._loop.call_soon_threadsafe(self._deliver, outcome)
 
     def _deliver(self, outcome: Future[Any]) -> None:
+        self.is_over = True
+        if self.ended is not None:
+            self.ended()
         if self._task._ticket is self._ticket:
             self._task._resume(outcome)
         elif outcome.exception() is None:
