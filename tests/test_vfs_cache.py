@@ -173,6 +173,25 @@ def test_a_read_only_vfs_makes_no_file_for_who_wants_to_read_it(
     assert local_store.list() == {"there"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "code"), [("local", "link", errno.EEXIST), ("s3", "caf\udce9", errno.EINVAL)]
+)
+@pytest.mark.parametrize("mode", ["minimal", "full"])
+def test_a_name_that_the_store_can_never_take_is_refused_at_once(
+    make_store: Callable[..., Store], make: Callable[..., Any], kind: str, name: str, code: int, mode: str
+) -> None:
+    store = make_store(kind)
+    if kind == "local":
+        Path(store.url, "link").symlink_to("/nowhere")
+    vfs = make(store, mode)
+    put(vfs, "a", b"x")
+    for change in (lambda: put(vfs, name, b"x"), lambda: vfs.rename("a", name), lambda: vfs.mkdir(name)):
+        with pytest.raises(OSError, match=r"link|UTF-8") as caught:
+            change()
+        assert caught.value.errno == code
+    assert vfs.listdir() == ["a"]
+
+
 # --- what a positive reply means
 
 

@@ -287,6 +287,9 @@ class Backend(ABC):
         """Open the file itself, where `capability.opens_files`."""
         raise self.unsupported(path, "opening files of the store directly")
 
+    def check_name(self, path: str) -> None:
+        """Raise what an upload to a path where nothing is would fail with for ever, as far as a quick look tells."""
+
     def upload(
         self, path: str, *, mtime: float | None = None, size: int | None = None, replaces: Condition = ANY
     ) -> Upload:

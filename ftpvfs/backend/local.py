@@ -194,6 +194,10 @@ class LocalBackend(Backend):
             os.rename(self.locate(source), self.locate(target))
             self._sync_folder(os.path.dirname(self.locate(target)))
 
+    def check_name(self, path: str) -> None:
+        with self._renamed(path):
+            self.refuse_hidden(path)
+
     def refuse_hidden(self, path: str) -> None:
         """Raise EEXIST where something stands that listings leave out: who cannot see it must not replace it."""
         with contextlib.suppress(FileNotFoundError):

@@ -176,6 +176,9 @@ class ObjectStoreBackend(Backend):
             raise failure(errno.EINVAL, path, "The store's names are UTF-8, and this is not") from error
         return paths.key(self.prefix, path)
 
+    def check_name(self, path: str) -> None:
+        self.key(path)
+
     def folder_key(self, path: str) -> str:
         """Return the prefix that all keys in the folder have."""
         key = self.key(path)

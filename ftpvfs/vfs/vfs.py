@@ -333,6 +333,7 @@ class VFS:
         )
         if entry is None:
             self._check_parent(path, is_known=is_known)
+            self._check_name(path)
         self.core.count["writes" if is_written else "reads"] += 1
         request = Request(path, name or path, flags, entry, is_known, user, autocommit, partial)
         return self._opened(kind, request)
@@ -394,6 +395,7 @@ class VFS:
         if self._existing(path) is not None:
             raise failure(errno.EEXIST, path)
         self._check_parent(path)
+        self._check_name(path)
         core = self.core
         core.settle(path)
         with core.writer(path):  # who is told that it exists already must see it, too
@@ -462,6 +464,8 @@ class VFS:
         if source == target:
             return
         there = self._existing(target)
+        if there is None:
+            self._check_name(target)
         for path in (source, target):
             (self.core.drop_partials_below if entry.is_dir else self.core.drop_partial)(path)
         if entry.is_dir:
@@ -644,6 +648,16 @@ class VFS:
             raise failure(errno.EROFS, path, "This server is read-only (--read-only)")
         if not self.core.backend.capability.writes:
             raise failure(errno.EROFS, path, "The store is read-only")
+
+    def _check_name(self, path: str) -> None:
+        """Raise what is wrong with a new name, where that would only be found out after the reply."""
+        if self.core.parts is None:
+            return
+        try:
+            self.core.backend.check_name(path)
+        except OSError as error:
+            if error.errno not in AWAY:
+                raise
 
     def _check_parent(self, path: str, *, is_known: bool = True) -> None:
         """Raise what is wrong with the folder that is to hold the path; not `is_known`: unless the store is away."""
