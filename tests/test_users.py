@@ -480,3 +480,72 @@ def test_what_a_program_says_becomes_a_url_and_storage_options(said: Any, url: s
 def test_what_a_program_must_not_say_is_refused(said: Any) -> None:
     with pytest.raises(ValueError, match=r"has|is no"):
         answer_of(said)
+
+
+def test_a_store_that_hangs_keeps_nobody_elses_login_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go_on, prepared = threading.Event(), []
+
+    class Hanging(VFS):
+        def prepare(self) -> None:
+            prepared.append(self.name)
+            assert "alice" not in self.name or may_go_on.wait(60)
+            super().prepare()
+
+    monkeypatch.setattr(auth_proxy, "VFS", Hanging)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "users.py").write_text(PROGRAM)
+    authorizer = ProxyAuthorizer(f"{sys.executable} users.py", vfs_options(cache_dir=str(tmp_path / "cache")))
+    waiting = [Session(), Session()]
+    threads = [threading.Thread(target=session.log_in, args=(authorizer, "alice")) for session in waiting]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(prepared) == 1)
+    other = Session()
+    other.log_in(authorizer, "bob")
+    assert authorizer.vfses == (other.vfs,)
+    may_go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(prepared) == 2
+    assert waiting[0].vfs is waiting[1].vfs is not None
+    for vfs in authorizer.vfses:
+        vfs.close()
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        ("while True: print('y' * 1000)", "more than 64 KiB"),
+        ("while True: print('y' * 1000, file=sys.stderr)", "more than 64 KiB"),
+        ("time.sleep(600)", "no answer within"),
+        ("os.close(1); os.close(2); time.sleep(600)", "no answer within"),
+        ("print('[' * 60_000)", "is no JSON"),
+        ("print(json.dumps({'url': 'file://', '_root': '/', '_name': '../a'}))", "has a _name"),
+    ],
+)
+def test_a_program_that_goes_wrong_is_ended_and_lets_nobody_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, does: str, reason: str
+) -> None:
+    monkeypatch.setattr(auth_proxy, "PATIENCE", 5.0 if "sleep" in does else 60.0)
+    program = tmp_path / "wrong.py"
+    pid = tmp_path / "pid"
+    program.write_text(f"import json, os, sys, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\n{does}\n")
+    authorizer = ProxyAuthorizer(f"{sys.executable} {program}", vfs_options(cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(Exception, match="Authentication failed"):
+        authorizer.validate_authentication("alice", "x", Session())
+    assert reason in caplog.text
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_a_password_that_a_program_repeats_in_any_form_is_not_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = tmp_path / "echo.py"
+    program.write_text("import json, sys\nasked = sys.stdin.read()\nsys.exit(asked + repr(json.loads(asked)))\n")
+    authorizer = ProxyAuthorizer(f"{sys.executable} {program}", vfs_options(cache_dir=str(tmp_path / "cache")))
+    caplog.set_level("DEBUG")
+    with pytest.raises(Exception, match="Authentication failed"):
+        authorizer.validate_authentication("alice", 'sésame"ouvre', Session())
+    assert "alice" in caplog.text
+    assert "ouvre" not in caplog.text

@@ -12,16 +12,21 @@ Any exit status but 0 means that nobody of that name has that password.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hmac
 import json
 import logging
+import os
+import selectors
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from pyftpdlib.authorizers import AuthenticationFailed
@@ -37,6 +42,7 @@ logger = logging.getLogger(__name__)
 KEPT = 300.0  # seconds for which an answer holds, and a store that nobody uses stays open: rclone's
 SURELY = 1.0  # seconds for which an answer has to hold yet, so that it does when it is asked for the next moment
 PATIENCE = 60.0  # seconds that the program gets
+MOST_SAID = 64 * 1024  # bytes that it may say on each of its streams
 # rclone's kinds of stores under fsspec's names, where they differ.
 PROTOCOLS = {"local": "file", "google cloud storage": "gs", "azureblob": "abfs"}
 # rclone's parameters under fsspec's names; "" where they mean nothing here.
@@ -108,6 +114,8 @@ class ProxyAuthorizer(VFSAuthorizer):
         # Protected by _lock.
         self._logins: dict[bytes, _Login] = {}
         self._stores: dict[str, _Store] = {}
+        # Those that are being opened, so that two logins do not open one twice.
+        self._opening: dict[str, Future[_Store]] = {}
 
     @property
     def lane(self) -> str:
@@ -156,21 +164,20 @@ class ProxyAuthorizer(VFSAuthorizer):
     def _ask(self, username: str, password: str, ip: str) -> Answer:
         question = json.dumps({"user": username, "pass": password, "client_ip": ip})
         try:
-            ended = subprocess.run(
-                self._command, input=question.encode(), capture_output=True, timeout=PATIENCE, check=False
-            )
+            status, answer, said = _run(self._command, question.encode())
         except OSError as error:
             raise self._failed(error.strerror or "cannot be run") from None
         except subprocess.TimeoutExpired:
             raise self._failed(f"no answer within {PATIENCE:g} s") from None
-        if ended.returncode:
-            said = ended.stderr.decode("utf-8", "replace").replace(password or "\0", "***").strip()
-            logger.info("%s refuses %r (status %d)", self._command[0], username, ended.returncode)
-            logger.debug("%s: %s", self._command[0], said)
+        except _TooLong:
+            raise self._failed(f"it says more than {MOST_SAID // 1024} KiB") from None
+        if status:
+            logger.info("%s refuses %r (status %d)", self._command[0], username, status)
+            logger.debug("%s: %s", self._command[0], _without(password, said.decode("utf-8", "replace")).strip())
             raise AuthenticationFailed("Authentication failed.")
         try:
-            return answer_of(json.loads(ended.stdout))
-        except ValueError as error:  # the text may hold secrets; json's message has none of it
+            return answer_of(json.loads(answer))
+        except (ValueError, RecursionError) as error:  # the text may hold secrets; json's message has none of it
             raise self._failed(f"its answer {error if isinstance(error, _BadAnswer) else 'is no JSON'}") from None
 
     def _failed(self, reason: str) -> AuthenticationFailed:
@@ -181,34 +188,143 @@ class ProxyAuthorizer(VFSAuthorizer):
 
     def _log_in(self, username: str, answer: Answer) -> _Login:
         permissions = "".join(letter for letter in answer.permissions if letter in self._allowed)
+        self._close_idle()
+        return _Login(self._store(username, answer), permissions, time.monotonic() + KEPT)
+
+    def _close_idle(self) -> None:
+        """Close the stores that nobody has used for a while."""
         with self._lock:
-            idle = {key: store for key, store in self._stores.items() if store.is_idle}
-            for key in idle:
-                del self._stores[key]
-            store = self._store(username, answer)
-        for each in idle.values():
-            each.vfs.close()
-        return _Login(store, permissions, time.monotonic() + KEPT)
+            stores = dict(self._stores)
+        idle = {key: (store, store.last_used) for key, store in stores.items() if store.is_idle}
+        with self._lock:
+            for key, (store, last_used) in list(idle.items()):
+                if self._stores.get(key) is store and store.last_used == last_used:
+                    del self._stores[key]
+                else:
+                    del idle[key]
+        for store, _ in idle.values():
+            store.vfs.close()
 
     def _store(self, username: str, answer: Answer) -> _Store:
+        """Return the store of an answer, opened once however many ask for it. Waits for it, but not with the lock."""
         backend = json.dumps([answer.url, answer.storage_options, answer.cache_name], sort_keys=True)
-        store = self._stores.get(backend)
-        if store is None:
-            name = answer.cache_name or self._free_name(answer.url, username)
+        with self._lock:
+            store, opening = self._stores.get(backend), self._opening.get(backend)
+            if store is not None:
+                store.last_used = time.monotonic()
+                return store
+            is_first = opening is None
+            if opening is None:
+                opening = self._opening[backend] = Future()
+                name = answer.cache_name or self._free_name_locked(answer.url, username)
+        if is_first:
+            self._open(backend, answer, name, opening)
+        try:
+            return opening.result()
+        except ValueError as error:
+            raise self._failed(f"the store of {username!r}{error}") from None
+
+    def _open(self, backend: str, answer: Answer, name: str | None, opening: Future[_Store]) -> None:
+        """Open a store and publish it, or what is wrong with it."""
+        shown = ""
+        try:
             options = dataclasses.replace(self._options, name=name)
             vfs = VFS(answer.url, storage_options=answer.storage_options, options=options)
-            try:
-                vfs.prepare()
-            except (OSError, ValueError, ImportError) as error:
-                raise self._failed(f"the store of {username!r}, {vfs.name}, cannot be used: {error}") from None
-            store = self._stores[backend] = _Store(answer.url, vfs)
-        store.last_used = time.monotonic()
-        return store
+            shown = f", {vfs.name},"
+            vfs.prepare()
+        except Exception as error:  # noqa: BLE001 - whatever fsspec's filesystems make of options
+            with self._lock:
+                del self._opening[backend]
+            opening.set_exception(ValueError(f"{shown} cannot be used: {error}"))
+            return
+        store = _Store(answer.url, vfs)
+        with self._lock:
+            del self._opening[backend]
+            self._stores[backend] = store
+        opening.set_result(store)
 
-    def _free_name(self, url: str, username: str) -> str | None:
+    def _free_name_locked(self, url: str, username: str) -> str | None:
         """Return None, the name that follows from the URL, unless somebody uses the same one with other options."""
-        taken = any(store.url == url for store in self._stores.values())
-        return cache_name([url.partition("://")[2], username]) if taken else None
+        taken = {store.url for store in self._stores.values()} | {json.loads(key)[0] for key in self._opening}
+        return cache_name([url.partition("://")[2], username]) if url in taken else None
+
+
+class _TooLong(Exception):
+    """A program says more than anybody should."""
+
+
+def _run(command: Sequence[str], question: bytes) -> tuple[int, bytes, bytes]:
+    """Run a program; return its status and what it has said on both of its streams.
+
+    Raises TimeoutExpired and _TooLong, and has killed it then.
+    """
+    deadline = time.monotonic() + PATIENCE
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as program:
+        try:
+            said = _converse(program, question, deadline)
+            return program.wait(max(deadline - time.monotonic(), 0.0)), *said
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)  # with what it has started, which may hold its streams open
+            raise
+
+
+def _converse(program: subprocess.Popen[bytes], question: bytes, deadline: float) -> tuple[bytes, bytes]:
+    """Ask, and read what is answered; `communicate` would take whatever comes."""
+    assert program.stdin is not None
+    assert program.stdout is not None
+    assert program.stderr is not None
+    said = {program.stdout: bytearray(), program.stderr: bytearray()}
+    os.set_blocking(program.stdin.fileno(), False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(program.stdin, selectors.EVENT_WRITE)
+        for stream in said:
+            selector.register(stream, selectors.EVENT_READ)
+        while selector.get_map():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise subprocess.TimeoutExpired(program.args, PATIENCE)
+            for key, _ in selector.select(left):
+                if key.fileobj is program.stdin:
+                    question = _tell(program.stdin.fileno(), question)
+                    is_over = not question
+                else:
+                    is_over = _hear(key.fd, said[key.fileobj])  # type: ignore[index]
+                if is_over:
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()  # type: ignore[union-attr]
+    return bytes(said[program.stdout]), bytes(said[program.stderr])
+
+
+def _tell(descriptor: int, question: bytes) -> bytes:
+    """Write to a program; return what it has not taken yet, nothing where it wants no more."""
+    try:
+        return question[os.write(descriptor, question) :]
+    except BrokenPipeError:
+        return b""
+
+
+def _hear(descriptor: int, said: bytearray) -> bool:
+    """Read what a program says; tell whether that was all. Raises _TooLong."""
+    piece = os.read(descriptor, MOST_SAID)
+    said += piece
+    if len(said) > MOST_SAID:
+        raise _TooLong
+    return not piece
+
+
+def _without(password: str, text: str) -> str:
+    """Return a text without the password in it, also where that is written as JSON or as Python writes it.
+
+    >>> _without('g"ä', 'wrong: {"pass": "g\\\\"\\\\u00e4"} g"ä')
+    'wrong: {"pass": "***"} ***'
+    """
+    forms = {password, json.dumps(password)[1:-1], json.dumps(password, ensure_ascii=False)[1:-1], repr(password)[1:-1]}
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form or "\0", "***")
+    return text
 
 
 class _BadAnswer(ValueError):
@@ -240,7 +356,10 @@ def answer_of(said: Any) -> Answer:
     if not isinstance(permissions, str) or set(permissions) - set(ALL):
         raise _BadAnswer(f"has a _perm with other letters than {ALL}")
     if name is not None:
-        name = NAME.parse(str(name))
+        try:
+            name = NAME.parse(str(name))
+        except ValueError as error:
+            raise _BadAnswer("has a _name that is none of a cache") from error
     options = {key: value for key, value in said.items() if not key.startswith("_") and key not in ("type", "url")}
     if isinstance(url, str):
         return Answer(_joined(url, root), options, permissions, name)
