@@ -319,7 +319,7 @@ def test_a_stopping_server_breaks_off_and_leaves_no_parts(
 ) -> None:
     store.write("a", OLD)
     options = [f"--option={key}={value}" for key, value in store.storage_options.items()]
-    server = launched(store.url, *options)
+    server = launched(store.url, *options, "--drain-timeout=500ms")
     ftp = connect(server.address)
     with open_transfer(ftp, "STOR a") as with_data:
         with_data.sendall(LARGE)
@@ -421,7 +421,7 @@ def test_a_store_that_dies_and_comes_back(make_store: StoreFactory, ftp_server: 
 @pytest.mark.skipif(not hasattr(psutil, "RLIMIT_FSIZE"), reason="this system cannot limit another process's files")
 def test_no_space_is_answered_with_552(local_store: Store, launched: Callable[..., Launched]) -> None:
     local_store.write("a", OLD)
-    server = launched(local_store.url)
+    server = launched(local_store.url, "--workers=1")
     psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_FSIZE, (MIB, MIB))
     with connect(server.address) as ftp:
         with open_transfer(ftp, "STOR a") as with_data:
