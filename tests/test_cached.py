@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -28,6 +29,7 @@ from ftpvfs.coordination.feed import ChangeFeed
 from ftpvfs.errors import failure
 from ftpvfs.memory import MemoryBudget
 from ftpvfs.vfs.cached import CachedReadHandle, CachedWriteHandle
+from ftpvfs.waiting import Wait, about_to_wait
 from tests.conftest import Store
 from tests.servers import FaultProxy, wait_until
 
@@ -319,6 +321,64 @@ def test_bytes_that_come_before_the_old_file_is_here_wait_for_it(
     handle.accept(b", second")
     handle.commit()
     assert files.published["old"] == OLD * 5 + b"first, second"
+
+
+def test_who_hands_in_bytes_does_not_wait_for_a_draft_that_takes_a_while(files: Files) -> None:
+    threads: list[threading.Thread] = []
+    handle = files.open("new", os.O_WRONLY, autocommit=False)
+    handle.write(b"begun")
+    handle.close()
+    partial = files.cache.partial("new", "alice")
+    assert partial is not None
+
+    def resume(_: object) -> Draft:
+        threads.append(threading.current_thread())
+        return files.cache.resume(partial)
+
+    def reserved(_: object) -> Draft:
+        draft = files.cache.draft("other", user="alice")
+        monkeypatch.setattr(draft, "reserve", lambda size: threads.append(threading.current_thread()))
+        return draft
+
+    handle = files.open("new", APPEND, begin=resume, size=partial.size)
+    handle.accept(b" and finished")
+    handle.commit()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        other = files.open("other", os.O_WRONLY, begin=reserved)
+        other.reserve(10)
+        other.accept(b"0123456789")
+        other.commit()
+    assert files.published == {"new": b"begun and finished", "other": b"0123456789"}
+    assert len(threads) >= 2
+    assert threading.current_thread() not in threads[:2]
+
+
+@pytest.mark.parametrize("is_hopeless", [False, True])
+def test_who_hands_in_bytes_does_not_make_room_for_them(
+    files: Files, monkeypatch: pytest.MonkeyPatch, is_hopeless: bool
+) -> None:
+    threads: list[threading.Thread] = []
+    is_full = True
+
+    def make_room(need: int) -> bool:
+        nonlocal is_full
+        about_to_wait(Wait.DISK)
+        threads.append(threading.current_thread())
+        is_full = is_hopeless
+        return True
+
+    monkeypatch.setattr(files.cache.space, "make_room", make_room)
+    monkeypatch.setattr(files.cache.files, "free", lambda: 0 if is_full else 2**40)
+    handle = files.open("new", APPEND, autocommit=False)
+    chunks = [b"%d " % number for number in range(100)]
+    with pytest.raises(OSError, match="No space") if is_hopeless else contextlib.nullcontext():
+        for chunk in chunks:
+            handle.accept(chunk)
+        handle.commit()
+    handle.close()
+    assert files.published == ({} if is_hopeless else {"new": b"".join(chunks)})
+    assert threads
+    assert threading.current_thread() not in threads
 
 
 def test_giving_up_while_the_old_file_is_fetched_ends_the_fetching(

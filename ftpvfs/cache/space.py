@@ -294,6 +294,7 @@ class Space:
 
     def make_room(self, need: int) -> bool:
         """Evict so that `need` bytes more fit; whatever can go where the disk is full. Tell whether any went."""
+        about_to_wait(Wait.DISK)
         found = self.evict(need)
         if not found.size and need and self._files.free() < need:
             found = self._evict_for_disk(need)

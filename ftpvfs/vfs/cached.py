@@ -21,7 +21,7 @@ from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.downloader import GONE, TRIES, Reader
 from ftpvfs.errors import failure
 from ftpvfs.vfs.handle import Handle, WritingHandle
-from ftpvfs.waiting import Wait, about_to_wait, current_job, result_of, shared_result_of
+from ftpvfs.waiting import Wait, WouldWait, about_to_wait, current_job, limited_to, result_of, shared_result_of
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -294,12 +294,12 @@ D = TypeVar("D", bound=Draft)
 
 
 class Preparing(Generic[D]):
-    """The making of a draft out of a file that has to be fetched first. Any thread."""
+    """The making of a draft that takes a while, as where its base has to be fetched first. Any thread."""
 
     def __init__(
         self,
-        base: CachedReadHandle,
-        begin: Callable[[CachedReadHandle], D],
+        base: CachedReadHandle | None,
+        begin: Callable[[CachedReadHandle | None], D],
         run: Callable[[Callable[[], object]], None],
         give_up: Callable[[D], None],
     ) -> None:
@@ -318,6 +318,9 @@ class Preparing(Generic[D]):
     def start(self) -> None:
         """Fetch what is missing; then make the draft."""
         self._tries += 1
+        if self._base is None:
+            self._run(self._make)
+            return
         self._base.fill().add_done_callback(self._filled)
 
     def draft(self) -> D:
@@ -345,10 +348,11 @@ class Preparing(Generic[D]):
 
     def _make(self) -> None:
         try:
-            self._base.verify()
-            if not self._base.reader.item.complete and self._tries < TRIES:
-                self.start()  # what came was damaged, and nobody has seen it
-                return
+            if self._base is not None:
+                self._base.verify()
+                if not self._base.reader.item.complete and self._tries < TRIES:
+                    self.start()  # what came was damaged, and nobody has seen it
+                    return
             draft = self._begin(self._base)
         except BaseException as error:  # noqa: BLE001 - it belongs to who waits
             _finish(self.done, error)
@@ -406,6 +410,8 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         # Written before the base was here; `None` is the end of the file.
         self._early: list[tuple[int | None, bytes]] = []
         self._preparing: Preparing[D] | None = None
+        # Bytes that another thread is writing, since room must be made for them.
+        self._late: Future[None] | None = None
 
     @property
     def size(self) -> int:
@@ -451,7 +457,7 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         with self._failing_for_good():
             view = memoryview(data).cast("B")
             offset = None if self._appends else self._position
-            if view and self._is_prepared():
+            if view and self._is_ready():
                 self._put(offset, view)
             elif view:
                 self._early.append((offset, bytes(view)))
@@ -469,9 +475,11 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         """Return a future to await before more is written; None when more may come."""
         if self._preparing is not None and not self._preparing.done.done():
             return self._preparing.done
-        if self._early and self._is_prepared():
+        if self._early or self._late is not None:
             with self._failing_for_good():
-                self._put_early()
+                self._is_ready()
+        if self._late is not None:
+            return self._late
         return self._draft.pressure() if self._draft is not None else None
 
     def reserve(self, size: int) -> None:
@@ -494,17 +502,48 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
             self._size = size
         return size
 
+    def _is_ready(self) -> bool:
+        """Tell whether the draft takes bytes now: it is here, and has all that came before."""
+        if self._late is not None and self._late.done():
+            late, self._late = self._late, None
+            late.result()
+        if self._late is None and self._is_prepared() and self._early:
+            self._put_early()
+        return self._draft is not None and self._late is None and not self._early
+
     def _put(self, offset: int | None, view: memoryview) -> None:
-        draft = self._prepared()
+        draft = self._draft
+        assert draft is not None
         start = draft.size if offset is None else offset
-        draft.write(start, view)
+        try:
+            with limited_to(Wait.NOTHING):
+                draft.write(start, view)
+        except WouldWait:
+            self._put_late(draft, start, bytes(view))
         self._moved(start, len(view))
 
+    def _put_late(self, draft: D, start: int, data: bytes) -> None:
+        """Write in another thread what has to wait until there is room on the disk."""
+        self._late = late = Future[None]()
+
+        def write() -> None:
+            try:
+                draft.write(start, memoryview(data))
+            except BaseException as error:  # noqa: BLE001 - it belongs to who waits
+                _finish(late, error)
+            else:
+                _finish(late)
+
+        self._run(write)
+
     def _put_early(self) -> None:
-        early, self._early = self._early, []
-        self._size = self._prepared().size  # what was thought to be the end may not have been
-        for offset, data in early:
+        assert self._draft is not None
+        self._size = self._draft.size  # what was thought to be the end may not have been
+        while self._early and self._late is None:
+            offset, data = self._early.pop(0)
             self._put(offset, memoryview(data))
+        for offset, data in self._early:
+            self._moved(self._size if offset is None else offset, len(data))
 
     def _moved(self, start: int, count: int) -> None:
         self._position = start + count
@@ -515,7 +554,7 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
     def _is_prepared(self) -> bool:
         """Tell whether the draft is here; else begin to make it, where that takes a while."""
         if self._draft is None and self._preparing is None:
-            if self._base is None:
+            if self._base is None and not self._size and not self._reserved:
                 self._take_up(self._begin(None))
             else:
                 self._prepare(self._base)
@@ -529,9 +568,11 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
             assert self._preparing is not None
             about_to_wait(Wait.STORE)
             shared_result_of(self._preparing.done, self.path)
+        while not self._is_ready():
+            assert self._late is not None
+            about_to_wait(Wait.DISK)
+            shared_result_of(self._late, self.path)
         assert self._draft is not None
-        if self._early:
-            self._put_early()
         return self._draft
 
     def _take_up(self, draft: D) -> None:
@@ -541,10 +582,20 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         if self._reserved:
             draft.reserve(self._reserved)
 
-    def _prepare(self, base: CachedReadHandle) -> None:
-        """Have the whole base fetched and cloned, in threads that nobody here waits for."""
-        self._preparing = prepared = Preparing(base, self._begin, self._run, self._abandon_draft)
+    def _prepare(self, base: CachedReadHandle | None) -> None:
+        """Have the draft made in threads that nobody here waits for: the whole base is fetched and cloned first."""
+        self._preparing = prepared = Preparing(base, self._begin_with_room, self._run, self._abandon_draft)
         prepared.start()
+
+    def _begin_with_room(self, base: CachedReadHandle | None) -> D:
+        draft = self._begin(base)
+        if self._reserved:
+            try:
+                draft.reserve(self._reserved)
+            except BaseException:
+                self._abandon_draft(draft)
+                raise
+        return draft
 
     def _drop_base(self) -> None:
         """Let go of what was there: nothing of it will be left."""
@@ -578,7 +629,11 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
     def _give_up(self) -> None:
         draft, self._draft = self._draft, None
         self._close_base()
-        if draft is not None:
+        late, self._late = self._late, None
+        if draft is not None and late is not None and not late.done():
+            # Its file must not be closed while it is written.
+            late.add_done_callback(lambda _: self._run(lambda: self._abandon_draft(draft)))
+        elif draft is not None:
             self._abandon_draft(draft)
         elif self._preparing is not None:
             self._preparing.give_up()
