@@ -14,7 +14,8 @@ class MemoryBudget:
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector may close a forgotten file, and so give, in the middle of a `take`.
+        self._lock = threading.RLock()
         # Protected by _lock.
         self._used = 0
 

@@ -53,7 +53,7 @@ PIECE = 2**18
 # S3's own limits: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 MAX_PARTS = 10_000
 MAX_COPY = 5 * 2**30
-# Four of them are on their way at once, and twice in memory each. 16 MiB were no faster (measured on two cores).
+# Four of them are on their way at once, and twice in memory each. 16 MiB take twice as much.
 LEAST_PART = 8 * MIB
 # Hashed on the event loop at once: 0.2 ms, about what a thread costs.
 HASHED_INLINE = 2**17

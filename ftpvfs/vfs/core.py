@@ -201,7 +201,7 @@ class Core:
             self.feed.close()
         self._locks.close()
 
-    def background(self, name: str, work: Callable[[], None]) -> None:
+    def background(self, name: str, work: Callable[[], object]) -> None:
         """Run `work` in a thread that ends by itself soon after `close`."""
 
         def run() -> None:
@@ -211,8 +211,12 @@ class Core:
                 logger.warning("%s: %s", name, error)
 
         thread = threading.Thread(target=run, name=name, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads = [*(each for each in self._threads if each.is_alive()), thread]
+
+    def later(self, work: Callable[[], object]) -> None:
+        """Run in a thread of its own what is rare, waits for the store, and is waited for by nobody."""
+        self.background("ftpvfs-later", work)
 
     @property
     def index(self) -> Index:

@@ -140,7 +140,7 @@ class Opening:
 
     def _draft(self, request: Request, base: CachedReadHandle | None) -> Tee:
         """Begin the file that is written, at the store at the same time where that is what a reply waits for."""
-        core, cache, run = self._core, self._parts.cache, self._parts.downloads.run
+        core, cache, run = self._core, self._parts.cache, self._core.later
         if request.partial is not None:
             return Tee(cache, cache.resume(request.partial), None, run)
         item = None if base is None else base.reader.item
