@@ -358,6 +358,49 @@ def test_a_store_that_is_away_keeps_nobody_from_handing_in_files_or_reading_what
     assert store.list() == {"folder/stored", "folder/new", "other"}
 
 
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_what_waits_is_renamed_and_listed_while_the_store_is_away(
+    store: Store, make: Callable[..., Any], make_proxy: Callable[..., Any]
+) -> None:
+    store.write("folder/stored", b"stored")
+    proxy = make_proxy(store)
+    vfs = make(store.proxied(proxy), "writes", low_level_retries=1)
+    proxy.refuse = True
+    put(vfs, "folder/new.part", b"new")
+    assert vfs.listdir("folder") == ["new.part"]
+    assert vfs.isdir("folder")
+    vfs.rename("folder/new.part", "folder/stored")
+    assert vfs.listdir("folder") == ["stored"]
+    with pytest.raises(OSError, match="store"):
+        vfs.listdir("other")
+    proxy.heal()
+    put(vfs, "folder/second", b"second")
+    assert vfs.listdir("folder") == ["second", "stored"]
+    vfs.sync(WAITS)
+    assert store.list() == {"folder/stored", "folder/second"}
+    assert store.read("folder/stored") == b"new"
+
+
+def test_what_waits_is_renamed_to_another_case_of_its_name(
+    local_store: Store, make: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    vfs = make(local_store, case_insensitive=True, conflict="fail")
+    put(vfs, "a", b"waits")
+    vfs.rename("a", "A")
+    assert vfs.listdir() == ["A"]
+    assert get(vfs, "a") == b"waits"
+    vfs.sync(WAITS)
+    assert local_store.list() == {"A"}
+    local_store.write("b", b"at the store")
+    vfs.forget()
+    put(vfs, "b", b"waits")
+    vfs.rename("b", "B")
+    vfs.sync(WAITS)
+    assert local_store.list() == {"A", "B"}
+    assert local_store.read("B") == b"waits"
+    assert "by others" not in caplog.text
+
+
 # --- other processes, and the next start
 
 

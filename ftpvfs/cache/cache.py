@@ -412,16 +412,24 @@ class Cache:
         self._outdate(path)
         return is_done
 
-    def rename(self, source: str, target: str, *, source_at_store: bool, target_base: str | None) -> DirtyRecord:
+    def rename(
+        self,
+        source: str,
+        target: str,
+        *,
+        source_at_store: bool,
+        target_base: str | None,
+        base_known: bool = True,
+    ) -> DirtyRecord:
         """Rename a dirty file, durably; write-back uploads it there, and deletes here what may be at the store.
 
-        `target_base` is the fingerprint of what the store has at `target`, None: nothing. ENOENT where `source` is not
-        a dirty file.
+        `target_base` is the fingerprint of what the store has at `target`, None: nothing; `base_known` False: nobody
+        knows. ENOENT where `source` is not a dirty file.
         """
         about_to_wait(Wait.DISK)
         old, new = self._with_room(
             lambda: self._dirty.rename(
-                source, target, source_at_store=source_at_store, target_base=target_base
+                source, target, at_store=source_at_store, base=target_base, base_known=base_known
             )
         )
         self._has_moved(old, new)

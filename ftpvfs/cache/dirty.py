@@ -164,12 +164,12 @@ class DirtyFiles:
         return _until_it_fits(path, once)
 
     def rename(
-        self, source: str, target: str, *, source_at_store: bool, target_base: str | None
+        self, source: str, target: str, *, at_store: bool, base: str | None, base_known: bool
     ) -> tuple[DirtyRecord, DirtyRecord]:
         """Move the dirty file; return its records under the old and the new path. ENOENT where it is not dirty."""
 
         def once() -> tuple[_Renaming, ...]:
-            renaming = self._renaming(self._file(source), target, source_at_store, target_base, base_known=True)
+            renaming = self._renaming(self._file(source), target, at_store, base, base_known=base_known)
             return self._rename_all([renaming])
 
         (done,) = _until_it_fits(source, once)

@@ -70,6 +70,7 @@ class Core:
             fold_unicode=not options.no_unicode_normalization,
             answers_at_once=self.backend.capability.answers_at_once,
             serves_old=options.cache_mode != "off",
+            here=self._here,
             clock=clock,
             feed=self.feed,
         )
@@ -84,6 +85,7 @@ class Core:
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
         self._cache_feed: ChangeFeed | None = None
+        self.parts: CacheParts | None = None  # what write-back finds when it is faster than this constructor
         self.parts = self._open_cache() if options.cache_mode != "off" else self._open_left()
         if options.poll_interval:
             self.background("ftpvfs-poll", self._poll)
@@ -322,6 +324,10 @@ class Core:
         made -= {entry.name for entry in entries}
         return entries + [Entry(name, is_dir=True) for name in made]
 
+    def _here(self, path: str) -> list[Entry]:
+        """Return the files in a folder that wait here; nothing is asked of the store."""
+        return self.pending.overlay(path, []) if self.pending is not None else []
+
     def _stat(self, path: str) -> Entry:
         found = self.pending.find(path) if self.pending is not None else None
         return found or self.stat(path)
@@ -338,7 +344,11 @@ class Core:
                 return Entry(paths.split(path)[1], is_dir=True)
             raise
         except OSError as error:
-            known = self.parts.cache.record(path) if self.parts is not None and error.errno in AWAY else None
+            if self.parts is None or error.errno not in AWAY:
+                raise
+            if self.parts.pending.is_any_in(path):
+                return Entry(paths.split(path)[1], is_dir=True)
+            known = self.parts.cache.record(path)
             if known is None:
                 raise
             return Entry(paths.split(path)[1], False, known.size, known.mtime, known.fingerprint)

@@ -120,6 +120,7 @@ class DirCache:
 
     `read(path)` lists a folder and `stat(path)` asks for one name; both raise ENOENT. `feed` tells other processes of
     what is changed here, and this one of theirs; None: nobody else changes anything that must be seen at once.
+    `here(path)` returns what is known of a folder without the store, for one that was never listed while it is away.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class DirCache:
         fold_unicode: bool = True,
         answers_at_once: bool = False,
         serves_old: bool = False,
+        here: Callable[[str], list[Entry]] = lambda _: [],
         clock: Clock = SYSTEM_CLOCK,
         feed: ChangeFeed | None = None,
     ) -> None:
@@ -142,6 +144,7 @@ class DirCache:
         self._fold_unicode = fold_unicode
         self._answers_at_once = answers_at_once
         self._serves_old = serves_old
+        self._here = here
         self._clock = clock
         self._feed = feed
         self._lock = threading.Lock()
@@ -179,7 +182,10 @@ class DirCache:
         with self._lock:
             folder = self._folders.get(path)
             is_known = self._serves_old and folder is not None and folder.entries is not None
-            return self._listing_locked(folder) if is_known else None  # type: ignore[arg-type]
+            if is_known:
+                return self._listing_locked(folder)  # type: ignore[arg-type]
+        here = {entry.name: entry for entry in self._here(path)}
+        return Listing(here) if here else None
 
     def reread(self, path: str) -> None:
         """Ask the store for the folder again; unlike `listing` this does not count as a use of it. Raises ENOENT."""

@@ -20,7 +20,7 @@ from ftpvfs.errors import ECHANGED, failure
 from ftpvfs.vfs.cached import CachedReadHandle, CachedWriteHandle
 from ftpvfs.vfs.core import CacheParts, Core
 from ftpvfs.vfs.handle import FileHandle, Handle, ReadHandle, WriteHandle
-from ftpvfs.vfs.pending import is_local, local_entry
+from ftpvfs.vfs.pending import base_of, is_local, local_entry
 from ftpvfs.vfs.readahead import ReadAhead
 from ftpvfs.vfs.tee import Tee
 
@@ -198,12 +198,8 @@ class Opening:
     def _acknowledge(self, request: Request, draft: Draft) -> None:
         """Make the file the one that the store is to have; on return it survives a kill and a power cut."""
         parts = self._parts
-        base = None if request.entry is None else request.entry.fingerprint
-        # Of a file that was on its way when it was opened nobody knows which version the store has by now.
-        is_known = request.is_known and not is_local(request.entry)
-        record = parts.cache.publish(
-            draft, mtime=self._clock.time(), base=base if is_known else None, base_known=is_known
-        )
+        base, is_known = base_of(request.entry, is_known=request.is_known)
+        record = parts.cache.publish(draft, mtime=self._clock.time(), base=base, base_known=is_known)
         self._core.changed(request.path, local_entry(record))
         parts.writeback.received(record)
 

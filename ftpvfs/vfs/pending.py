@@ -38,6 +38,18 @@ def is_local(entry: Entry | None) -> bool:
     return entry is not None and entry.fingerprint is not None and entry.fingerprint.startswith(LOCAL)
 
 
+def base_of(there: Entry | None, *, is_known: bool) -> tuple[str | None, bool]:
+    """Return which version of the store's a new file replaces, None: none, and whether that is known at all.
+
+    Of a file that was on its way when it was looked at nobody knows which version the store has by now.
+    """
+    if there is None:
+        return None, is_known
+    if not is_known or is_local(there) or there.fingerprint is None:
+        return None, False
+    return there.fingerprint, True
+
+
 class Pending:
     """The dirty paths of one store. Any thread; `changed(path, entry)` tells the directory cache."""
 
@@ -90,13 +102,18 @@ class Pending:
         self._changed(path, local_entry(record))
         return True
 
-    def rename(self, source: str, target: str, there: Entry | None) -> bool:
-        """Rename a dirty file over what is at `target`; return False where `source` is not dirty (any more)."""
+    def rename(self, source: str, target: str, there: Entry | None, *, is_known: bool) -> bool:
+        """Rename a dirty file over what is at `target`; return False where `source` is not dirty (any more).
+
+        `is_known` False: the store could not be asked for what it has there.
+        """
         if self._file(source) is None:
             return False
-        base = None if there is None or is_local(there) else there.fingerprint  # the cache knows that of a dirty one
+        base, is_known = base_of(there, is_known=is_known)  # of a dirty one the cache knows that
         try:
-            record = self._cache.rename(source, target, source_at_store=False, target_base=base)
+            record = self._cache.rename(
+                source, target, source_at_store=False, target_base=base, base_known=is_known
+            )
         except FileNotFoundError:
             return False
         self._changed(source, None)

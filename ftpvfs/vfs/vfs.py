@@ -29,6 +29,7 @@ from ftpvfs.vfs.dircache import Listing
 from ftpvfs.vfs.handle import Handle
 from ftpvfs.vfs.opening import Opening, Request
 from ftpvfs.vfs.openmode import CacheMode, HandleKind, flags_of, handle_kind, writes
+from ftpvfs.vfs.pending import is_local
 from ftpvfs.vfs.tree import move_tree
 from ftpvfs.waiting import Wait, about_to_wait
 
@@ -460,28 +461,42 @@ class VFS:
             target = paths.join(paths.split(target)[0], name)
         self._check_writable(source)
         entry = self._lookup(source)
-        self._check_rename(source, target, entry)
+        there, is_known = self._before_rename(target, entry)
+        self._check_rename(source, target, entry, there, is_known=is_known)
         if source == target:
             return
-        there = self._existing(target)
         if there is None:
             self._check_name(target)
         for path in (source, target):
             (self.core.drop_partials_below if entry.is_dir else self.core.drop_partial)(path)
         if entry.is_dir:
             self._rename_folder(source, target, replaces=there is not None)
-        elif self.core.pending is None or not self.core.pending.rename(source, target, there):
+        elif self.core.pending is None or not self.core.pending.rename(source, target, there, is_known=is_known):
             self._rename_file(source, target, entry)
         self.core.keep_folder(paths.split(source)[0])
 
-    def _check_rename(self, source: str, target: str, entry: Entry) -> None:
+    def _before_rename(self, target: str, entry: Entry) -> tuple[Entry | None, bool]:
+        """Return what the rename of `entry` replaces, and whether that is known: what waits can go without the store.
+
+        What has another name is the entry itself, which is to be spelled otherwise.
+        """
+        try:
+            there = self._existing(target)
+        except OSError as error:
+            if not is_local(entry) or error.errno not in AWAY:
+                raise
+            return None, False
+        return (there if there is not None and there.name == paths.split(target)[1] else None), True
+
+    def _check_rename(
+        self, source: str, target: str, entry: Entry, there: Entry | None, *, is_known: bool
+    ) -> None:
         if not source or not target:
             raise failure(errno.EBUSY, source, "The root cannot be renamed or replaced")
         if entry.is_dir and target != source and paths.is_within(target, source):
             raise failure(errno.EINVAL, source, "A folder cannot be moved into itself")
-        self._check_parent(target)
-        there = self._existing(target)
-        if there is None or there.name != paths.split(target)[1] or source == target:
+        self._check_parent(target, is_known=is_known)
+        if there is None or source == target:
             return
         if there.is_dir and not entry.is_dir:
             raise failure(errno.EISDIR, target)
