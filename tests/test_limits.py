@@ -130,11 +130,84 @@ def test_an_address_with_too_many_wrong_passwords_is_refused_for_a_while(serve: 
             wrong(address)
         assert refused(address).startswith("421 Too many wrong passwords from this address.")
         assert before.voidcmd("NOOP").startswith("200")  # who is in stays
+    refusals = door.metrics.value(Count.REFUSED_BANNED)
     bans.forgive(HOST)
-    enter(address).close()
+    wait_until(lambda: is_let_in(address))  # it is asked again each second
     assert door.metrics.value(Count.BANS) == 1
-    assert door.metrics.value(Count.REFUSED_BANNED) == 1
+    assert refusals == 1
     assert door.metrics.value(Count.LOGINS_FAILED) == 3
+
+
+def is_let_in(address: tuple[str, int]) -> bool:
+    try:
+        enter(address).close()
+    except ftplib.error_temp:
+        return False
+    return True
+
+
+def test_a_ban_ends_what_has_not_logged_in(serve: Any, bans: Bans) -> None:
+    address = serve(Door(bans=bans))
+    with contextlib.closing(enter(address)) as inside, contextlib.ExitStack() as opened:
+        before = [opened.enter_context(contextlib.closing(ftplib.FTP(timeout=30))) for _ in range(3)]
+        for each in before:
+            each.connect(*address)
+        before[0].sendcmd("USER alice")
+        guesses = b"USER alice\r\nPASS wrong\r\n" * 10
+        with socket.create_connection(address, timeout=30) as guesser:
+            guesser.sendall(guesses)
+            said = b""
+            with contextlib.suppress(ConnectionResetError):
+                while piece := guesser.recv(1000):
+                    said += piece
+        assert said.count(b"530 ") == 3
+        assert b"530 Authentication failed. Disconnecting." in said
+        for each in before:
+            assert last_reply(each).startswith("421 Too many wrong passwords")
+        assert inside.voidcmd("NOOP").startswith("200")
+        inside.sendcmd("USER alice")
+        assert reply(inside, "PASS secret").startswith("421 Too many wrong passwords")
+
+
+def test_a_ban_by_another_server_holds_for_sessions_that_are_open(serve: Any) -> None:
+    class Others:
+        banned = False
+
+        def is_banned(self, ip: str) -> bool:
+            return self.banned
+
+        def failed(self, ip: str) -> bool:
+            return False
+
+    others = Others()
+    address = serve(Door(bans=others), max_login_attempts=10**9)
+    with contextlib.closing(ftplib.FTP(timeout=30)) as ftp:
+        ftp.connect(*address)
+        others.banned = True
+
+        def is_refused() -> bool:
+            ftp.sendcmd("USER alice")
+            return reply(ftp, "PASS wrong").startswith("421 Too many wrong passwords")
+
+        wait_until(is_refused)
+
+
+def test_the_ban_list_is_never_read_on_the_event_loop(serve: Any) -> None:
+    threads = set()
+
+    class Watched:
+        def is_banned(self, ip: str) -> bool:
+            threads.add(threading.current_thread().name)
+            return False
+
+        def failed(self, ip: str) -> bool:
+            threads.add(threading.current_thread().name)
+            return False
+
+    address = serve(Door(bans=Watched()))
+    enter(address).close()
+    wrong(address)
+    assert threads == {"ftpvfs-bans"}
 
 
 def test_a_session_ends_after_so_many_wrong_passwords(serve: Any) -> None:

@@ -9,20 +9,20 @@ import enum
 import ipaddress
 import logging
 import socket
-import time
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.log import logger as session_logger
 
-from ftpvfs.coordination.sessions import Admission, SessionTable
+from ftpvfs.coordination.sessions import Admission, SessionTable, network_of
 from ftpvfs.metrics import Count, Metrics
-from ftpvfs.server.offload import BANS, Lane, current_task
+from ftpvfs.server.banned import BanList, Banned
+from ftpvfs.server.offload import current_task
 from ftpvfs.server.proxy_protocol import ProxyHeader, is_within
 from ftpvfs.server.server import VFSServer
-from ftpvfs.waiting import Wait
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 LEAD = 2
 MOMENT = 0.001
 LONGEST_MOMENT = 0.01
-# Seconds after which the bans of other servers with the same list are known here; those of one server's at once.
-OTHERS_BANS = 1.0
 BACKLOG = 1024  # connections that wait to be accepted; the system has a limit of its own
 # Bytes of commands that may wait before a client has logged in; more than one command's, or it could never end.
 MOST_PIPELINED = 4096
@@ -57,16 +55,6 @@ COUNTS = {
 ADMISSIONS = {Admission.FULL: Refusal.FULL, Admission.TOO_MANY_FROM_ADDRESS: Refusal.ADDRESS}
 
 
-class BanList(Protocol):
-    """What the door asks of `Bans`."""
-
-    def is_banned(self, ip: str) -> bool:
-        """Tell whether the address is refused now."""
-
-    def failed(self, ip: str) -> bool:
-        """Count a failure; return whether the address is refused from now on."""
-
-
 @dataclass(frozen=True)
 class Limits:
     """Numbers: 0 is no limit. Seconds: None is no limit."""
@@ -79,7 +67,7 @@ class Limits:
 
 
 class Door:
-    """Lets clients in. One process's; its event loop, but for `wrong_password`."""
+    """Lets clients in. One process's; its event loop."""
 
     def __init__(
         self,
@@ -94,13 +82,7 @@ class Door:
         # Nobody is let in any more.
         self.is_closing = False
         self.sessions: set[Limited] = set()
-        self._bans = bans
-        # One thread for all that is written to the ban list, and for ever: each new one would open the database anew.
-        self._desk = Lane(f"ftpvfs-{BANS}", 1, Wait.STORE, idle=None)
-        # Who is not banned, as long as the count of bans is this and it is not later than that.
-        self._not_banned: set[str] = set()
-        self._bans_counted = -1
-        self._ask_again_at = float("-inf")
+        self.banned = Banned(bans, self.metrics)
 
     def admit(self, session: Limited) -> Refusal | None:
         """Count a session in; return why not where it is not let in."""
@@ -115,57 +97,21 @@ class Door:
     def _refusal(self, ip: str) -> Refusal | None:
         if self.is_closing:
             return Refusal.CLOSING
-        if self._is_banned(ip):
+        if self.banned.answer(ip):
             return Refusal.BANNED
         return ADMISSIONS.get(self.table.admit(ip, self.limits.max_cons, self.limits.max_cons_per_ip))
-
-    def _is_banned(self, ip: str) -> bool:
-        """Ask the ban list, unless it has just said no and no worker has banned anybody since."""
-        if self._bans is None:
-            return False
-        now, count = time.monotonic(), self.metrics.value(Count.BANS)
-        if count != self._bans_counted or now >= self._ask_again_at:
-            self._bans_counted, self._ask_again_at = count, now + OTHERS_BANS
-            self._not_banned.clear()
-        if ip in self._not_banned:
-            return False
-        try:
-            if self._bans.is_banned(ip):
-                return True
-        except OSError as error:
-            logger.warning("the ban list cannot be read: %s", error)
-        self._not_banned.add(ip)
-        return False
 
     def leave(self, session: Limited) -> None:
         """Count a session out that was let in."""
         self.sessions.discard(session)
         self.table.leave(session.remote_ip)
 
-    def wrong_password(self, ip: str) -> Future[bool]:
-        """Have a wrong password of an address counted. Any thread; the outcome: whether it is banned from now on."""
-        counted: Future[bool] = Future()
-        bans, metrics = self._bans, self.metrics
-
-        def count() -> None:
-            is_banned = False
-            try:
-                is_banned = bans is not None and bans.failed(ip)
-            except OSError as error:
-                logger.warning("the ban list cannot be written: %s", error)
-            if is_banned:
-                metrics.add(Count.BANS)
-            counted.set_result(is_banned)
-
-        if bans is None:
-            counted.set_result(False)
-        else:
-            self._desk.submit(count)
-        return counted
-
-    def close(self) -> None:
-        """Keep no thread any more."""
-        self._desk.retire()
+    def expel(self, ip: str) -> None:
+        """Send away who has come from an address that is banned now, but for those who have logged in."""
+        network = network_of(ip)
+        for session in list(self.sessions):
+            if not session.authenticated and network_of(session.remote_ip) == network:
+                session.expel()
 
 
 class LimitedServer(VFSServer):
@@ -178,12 +124,16 @@ class LimitedServer(VFSServer):
     def __init__(self, address_or_socket: Any, handler: type, door: Door, ioloop: Any = None) -> None:
         self.door = door
         self._was_left = False
+        # Connections of which it is being asked whether their address is banned.
+        self._asked_about: set[socket.socket] = set()
         super().__init__(address_or_socket, handler, ioloop, BACKLOG)
 
     def close(self) -> None:
         """Take no connections any more."""
         super().close()
-        self.door.close()
+        while self._asked_about:
+            self._asked_about.pop().close()
+        self.door.banned.close()
 
     def takes_next(self) -> bool:
         """Tell whether the next connection is for this process; else leave it to the others for a moment.
@@ -208,10 +158,22 @@ class LimitedServer(VFSServer):
     def handle_accepted(self, sock: socket.socket, addr: tuple[Any, ...]) -> Any:
         """Take a connection; where it comes from a load balancer, its client's address comes first."""
         if not is_within(addr[0], self.door.limits.proxies):
+            return self._take(sock, addr)
+        return ProxyHeader(sock, addr, self.ioloop, done=self._take, refused=self._count_bad_header)
+
+    def _take(self, sock: socket.socket, addr: tuple[Any, ...]) -> Any:
+        """Take a connection once it is known whether its address is banned."""
+        if self.door.banned.answer(addr[0]) is not None:
             return super().handle_accepted(sock, addr)
-        return ProxyHeader(
-            sock, addr, self.ioloop, done=super().handle_accepted, refused=self._count_bad_header
-        )
+        self._asked_about.add(sock)
+        told = partial(self.ioloop.call_soon_threadsafe, self._take_asked, sock, addr)
+        self.door.banned.ask(addr[0]).add_done_callback(lambda _: told())
+        return None
+
+    def _take_asked(self, sock: socket.socket, addr: tuple[Any, ...]) -> None:
+        if sock in self._asked_about:
+            self._asked_about.discard(sock)
+            super().handle_accepted(sock, addr)
 
     def _count_bad_header(self) -> None:
         self.door.metrics.add(Count.BAD_PROXY_HEADERS)
@@ -238,8 +200,11 @@ class Limited(FTPHandler):
     _is_admitted = False
     _commands_before_login = 0
     _login_timer: Any = None
-    # The counting of the last wrong password.
+    # The counting of the last wrong password, and whether the client has yet to be told of it.
     _counting: Future[bool] | None = None
+    _is_refused = False
+    # Whether the client's address is banned.
+    _is_expelled = False
 
     @property
     def door(self) -> Door | None:
@@ -337,29 +302,63 @@ class Limited(FTPHandler):
         self.count(Count.LOGINS)
         super().handle_auth_success(home, password, msg_login)
 
+    def ftp_PASS(self, line: str) -> None:
+        """Check a password, unless the client's address is banned by now."""
+        if self._is_banned():
+            self.count(Count.REFUSED_BANNED)
+            self.log(Refusal.BANNED.value[4:], logfun=session_logger.warning)
+            self.dismiss(Refusal.BANNED)
+        else:
+            super().ftp_PASS(line)
+
+    def _is_banned(self) -> bool:
+        if self.door is None:
+            return False
+        banned, task = self.door.banned, current_task()
+        known = banned.answer(self.remote_ip)
+        if known is not None:
+            return known
+        asked = banned.ask(self.remote_ip)
+        if task is not None:
+            task.wait(asked)
+        return asked.result()
+
+    def expel(self) -> None:
+        """Send the client away, whose address is banned; one who is being told of a wrong password hears that first."""
+        self._is_expelled = True
+        if not self._is_refused and not self.is_dismissed:
+            self.dismiss(Refusal.BANNED)
+
     def count_failure(self) -> None:
-        """Count a wrong password, once. Any thread."""
-        if self.door is not None and self._counting is None:
-            self._counting = self.door.wrong_password(self.remote_ip)
+        """Count a wrong password, once; send away its address's sessions where it was one too many. Any thread."""
+        door = self.door
+        if door is None or self._is_refused:
+            return
+        self._is_refused = True
+        ip, soon = self.remote_ip, getattr(self.ioloop, "call_soon_threadsafe", None)
+        counting = self._counting = door.banned.failed(ip)
+        if soon is not None:
+            counting.add_done_callback(lambda done: soon(door.expel, ip) if done.result() else None)
 
     def handle_auth_failed(self, msg: str, password: str) -> None:
         """Answer a wrong password, after a while; meanwhile the client's other commands wait, and nobody else."""
         self.count(Count.LOGINS_FAILED)
         self.count_failure()
-        counting, self._counting = self._counting, None
         task = current_task()
         if task is None:
+            self._is_refused = False
             super().handle_auth_failed(msg, password)
             return
         user, self.username = self.username, ""
-        if counting is not None and not counting.done():
-            task.wait(counting)
+        if self._counting is not None and not self._counting.done():
+            task.wait(self._counting)
         task.sleep(self.auth_failed_timeout)
         self._answer_wrong_password(user, password, msg or "Authentication failed.")
 
     def _answer_wrong_password(self, user: str, password: str, reason: str) -> None:
         self.attempted_logins += 1
-        is_last = self.attempted_logins >= self.max_login_attempts
+        self._is_refused = False
+        is_last = self._is_expelled or self.attempted_logins >= self.max_login_attempts
         self.respond(f"530 {reason.capitalize()}{' Disconnecting.' if is_last else ''}")
         self.log(f"USER '{user}' failed login.")
         if is_last:
