@@ -11,6 +11,9 @@ import os
 # macOS has no ENOTSUP/EOPNOTSUPP distinction and some systems lack EREMOTEIO: one name each for what we mean.
 EUNSUPPORTED = errno.EOPNOTSUPP
 ECHANGED = errno.ESTALE
+# The cache has all that it may hold, and write-back makes room: that passes, unlike a disk's ENOSPC or EDQUOT, and no
+# disk says it of a file.
+EFULL = errno.ENOBUFS
 # What keeps a store from answering; what is cached is as good as an answer then.
 AWAY = frozenset({
     errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EBUSY,

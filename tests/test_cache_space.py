@@ -20,6 +20,7 @@ from ftpvfs.cache.index import Index
 from ftpvfs.cache.space import STEP
 from ftpvfs.config import VFSOptions
 from ftpvfs.coordination.feed import ChangeFeed
+from ftpvfs.errors import EFULL
 from tests.test_cache import MovingClock, clock, entry, folder, memory, opened, publish, read  # noqa: F401 - fixtures
 
 KIB, MIB = 2**10, 2**20
@@ -176,7 +177,7 @@ def test_an_upload_that_nothing_can_make_room_for_is_refused(opened: Open) -> No
             pressure = draft.pressure()
             if pressure is not None:
                 pressure.result(timeout=30)
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.errno == EFULL
     cache.abandon(draft)
     cache.drop_partial("a")
     publish(cache, "b", b"x" * MIB)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -431,6 +432,20 @@ def test_no_space_is_answered_with_552(local_store: Store, launched: Callable[..
         assert_in_step(ftp, local_store)
 
 
+def test_a_cache_without_room_for_an_upload_is_answered_with_452_and_takes_the_next_one(
+    local_store: Store, make_vfs: Any, ftp_server: Serve, tmp_path: Path
+) -> None:
+    vfs = make_vfs(local_store, cache_mode="writes", cache_dir=str(tmp_path / "cache"), cache_max_size="8Mi")
+    with connect(ftp_server(vfs)) as ftp:
+        with open_transfer(ftp, "STOR a") as with_data, contextlib.suppress(ConnectionError):
+            with_data.sendall(bytes(32 * MIB))
+        assert last_reply(ftp).startswith("452 The cache is full")
+        assert reply(ftp, "DELE a").startswith("250 ")  # what came of it
+        assert upload(ftp, "a", OLD).startswith("226 ")
+    vfs.sync(30)
+    assert local_store.read("a") == OLD
+
+
 # --- overwriting
 
 
@@ -475,7 +490,8 @@ def test_a_callback_that_fails_does_not_end_the_session(store: Store, ftp_server
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(errno.EACCES, "550"), (errno.EROFS, "550"), (errno.ENOSPC, "552"), (errno.EIO, "451")]
+    ("number", "code"),
+    [(errno.EACCES, "550"), (errno.EROFS, "550"), (errno.ENOSPC, "552"), (errno.EDQUOT, "552"), (errno.EIO, "451")],
 )
 def test_only_what_may_work_another_time_is_answered_as_such(number: int, code: str) -> None:
     assert failure_reply(OSError(number, "why", "a")).startswith(f"{code} why;")

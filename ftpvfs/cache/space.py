@@ -19,7 +19,7 @@ from ftpvfs.cache.files import BESIDE, DataFile, Files, Number, Place
 from ftpvfs.cache.records import is_id
 from ftpvfs.clock import Clock
 from ftpvfs.coordination.lockfile import LockFile
-from ftpvfs.errors import failure
+from ftpvfs.errors import EFULL, failure
 from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
@@ -175,11 +175,11 @@ class Space:
         self._woken.set()
 
     def check(self) -> None:
-        """Raise ENOSPC once waiting for room has been in vain."""
+        """Raise EFULL once waiting for room has been in vain."""
         refused = self._refused
         if refused is not None:
             if self._excess() > 0:
-                raise failure(errno.ENOSPC, str(self._files.folder), refused)
+                raise failure(EFULL, str(self._files.folder), refused)
             self._refused = None
 
     def pressure(self) -> Future[None] | None:

@@ -64,7 +64,7 @@ AFTER_GIVING_UP = {"SIZE", "MLST", "STOR", "APPE", "DELE"}
 def reply_code(error: OSError) -> int:
     """Return the reply code for a command that failed."""
     if error.errno in NO_SPACE:
-        return 552
+        return NO_SPACE[error.errno]
     if error.errno in TRY_AGAIN:
         return 450
     return 553 if error.errno in BAD_NAME else 550

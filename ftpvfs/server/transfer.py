@@ -26,7 +26,7 @@ from pyftpdlib.handlers.ftp.producers import FileProducer
 from pyftpdlib.ioloop import _ERRNOS_DISCONNECTED, _ERRNOS_RETRY, AsyncChat
 from pyftpdlib.utils import is_ssl_sock
 
-from ftpvfs.errors import reason_of
+from ftpvfs.errors import EFULL, reason_of
 from ftpvfs.server.commands import asks_to_abort, has_decrypted
 from ftpvfs.server.loop import is_watched, leave_loop
 from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 # Sends of up to 1 MiB in one turn of the loop.
 SENDS = 4
 # What the client hears when a transfer failed for a reason of the store's (RFC 959, section 5.4: STOR, RETR).
-NO_SPACE = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
+# Where space is short: 452 says that it will not be for long, 552 that the client can do nothing about it.
+NO_SPACE = {EFULL: 452, errno.ENOSPC: 552, getattr(errno, "EDQUOT", errno.ENOSPC): 552, errno.EFBIG: 552}
 # What no other try will change; 451 would have a client send all again.
 FOR_GOOD = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
 # How much of what a client has said on its control connection is searched for an ABOR.
@@ -600,7 +601,7 @@ class TextProducer:
 
 def failure_reply(error: OSError) -> str:
     """Return the reply for a transfer that failed."""
-    code = 552 if error.errno in NO_SPACE else 550 if error.errno in FOR_GOOD else 451
+    code = NO_SPACE.get(error.errno or 0) or (550 if error.errno in FOR_GOOD else 451)
     return f"{code} {reason_of(error)}; transfer aborted."
 
 
