@@ -399,6 +399,123 @@ def test_many_paths_leave_no_files(tmp_path):
     assert lock_files(tmp_path) == []
 
 
+def _hold_in_folders(pipe: Connection, folder: Path, path: str) -> None:
+    with PathLocks(folder).hold_in_folders(path):
+        pipe.send("held")
+        pipe.recv()
+    pipe.send("released")
+
+
+def _hold_folders(pipe: Connection, folder: Path, *folders: str) -> None:
+    with PathLocks(folder).hold_folders(*folders):
+        pipe.send("held")
+        pipe.recv()
+    pipe.send("released")
+
+
+@BOTH
+def test_a_folder_is_held_alone_against_all_that_is_below_it_and_against_no_other(child, tmp_path):
+    first = child(_hold_folders, tmp_path, "a/b", "x")
+    assert first.hear() == "held"
+    below = child(_hold_in_folders, tmp_path, "a/b/c/d")
+    above, inside = child(_hold_folders, tmp_path, "a", "new"), child(_hold_folders, tmp_path, "x/y", "x/z")
+    # Beside the folder, and those whose names begin like it.
+    for free in (child(_hold_in_folders, tmp_path, "ab"), child(_hold, tmp_path, "a/b/c/d")):
+        assert free.hear() == "held"
+        free.say()
+    assert below.is_silent()
+    assert above.is_silent()
+    assert inside.is_silent()
+    first.say()
+    assert first.hear() == "released"
+    for each in (below, inside, above):
+        assert each.hear() == "held"
+        each.say()
+        assert each.hear() == "released"
+
+
+@pytest.mark.skipif(not HAS_RANGES, reason="elsewhere one process at a time works in a folder")
+def test_many_work_in_a_folder_at_once_and_who_wants_it_alone_is_not_kept_waiting_by_later_ones(child, tmp_path):
+    first, second = child(_hold_in_folders, tmp_path, "d/1"), child(_hold_in_folders, tmp_path, "d/2")
+    assert (first.hear(), second.hear()) == ("held", "held")
+    alone = child(_hold_folders, tmp_path, "d")
+    assert alone.is_silent()
+    late = child(_hold_in_folders, tmp_path, "d/3")
+    assert late.is_silent()
+    first.say()
+    assert alone.is_silent()
+    second.say()
+    assert alone.hear() == "held"
+    assert late.is_silent()
+    alone.say()
+    assert late.hear() == "held"
+
+
+@BOTH
+@pytest.mark.parametrize("victim", [_hold_folders, _hold_in_folders])
+def test_a_killed_holder_of_a_folder_holds_nothing(victim, child, tmp_path):
+    first = child(victim, tmp_path, "d/e")
+    assert first.hear() == "held"
+    waiting, behind = child(_hold_folders, tmp_path, "d"), None
+    assert waiting.is_silent()
+    behind = child(_hold_in_folders, tmp_path, "d/x")
+    waiting.kill()
+    first.kill()
+    assert behind.hear() == "held"
+
+
+def _move_about(pipe: Connection, folder: Path, seed: int, rounds: int) -> None:
+    """Hold folders and paths in them at random, and see in a file that nobody else does; several threads."""
+    locks = PathLocks(folder)
+
+    def work(number: int) -> None:
+        chance = random.Random(seed * 100 + number)
+        for _ in range(rounds):
+            if chance.random() < 0.3:
+                source, target = chance.sample(["a", "a/b", "c", "c/d"], 2)
+                with locks.hold_folders(source, target), locks.hold(f"{source}/x"):
+                    _alone(folder, [source, target])
+            else:
+                name = chance.choice(["a/x", "a/b/x", "c/d/y", "c/z"])
+                with locks.hold_in_folders(name):
+                    _together(folder, name)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pipe.send("done")
+
+
+def _alone(folder: Path, held: list[str]) -> None:
+    for name in held:
+        busy = folder / f"{name.replace('/', '-')}.busy"
+        os.close(os.open(busy, os.O_CREAT | os.O_EXCL))
+        assert not [each for each in os.listdir(folder) if each.startswith(f"in-{name.replace('/', '-')}-")]
+    for name in held:
+        (folder / f"{name.replace('/', '-')}.busy").unlink()
+
+
+def _together(folder: Path, path: str) -> None:
+    mine = folder / f"in-{path.replace('/', '-')}-"
+    mine.touch()
+    above = path.rpartition("/")[0]
+    while above:
+        assert not (folder / f"{above.replace('/', '-')}.busy").exists()
+        above = above.rpartition("/")[0]
+    mine.unlink()
+
+
+@BOTH
+def test_nobody_works_in_a_folder_that_is_held_alone_and_nothing_ends_in_a_deadlock(child, tmp_path):
+    children = [child(_move_about, tmp_path, seed, 60) for seed in range(3)]
+    for each in children:
+        assert each.hear() == "done"
+    assert lock_files(tmp_path) == []
+    assert not [name for name in os.listdir(tmp_path) if name.endswith("busy") or name.startswith("in-")]
+
+
 @pytest.mark.parametrize("make", [lambda folder: ThreadLocks(), PathLocks], ids=["threads", "processes"])
 def test_threads_take_turns_too(make, tmp_path):
     locks = make(tmp_path)

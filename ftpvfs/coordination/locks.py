@@ -1,4 +1,4 @@
-"""Locks between processes: one writer of a path, one holder of a role.
+"""Locks between processes: one writer of a path; one who renames a folder, or many who write in it.
 
 All are the system's: what holds one is a process, not a record of it that must be cleared away.
 """
@@ -11,24 +11,25 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
 from ftpvfs.coordination.lockfile import LockFile
-from ftpvfs.paths import encoded
+from ftpvfs.paths import ancestors, encoded
 
 # Whether the system has locks of parts of a file that belong to who has opened it, and we know how it writes them.
 HAS_RANGES = sys.platform == "linux" and sys.maxsize > 2**32
 
 
 class ThreadLocks:
-    """One holder of each path among the threads of this process."""
+    """One holder of each path among the threads of this process; of a folder one, or many who write in it."""
 
     def close(self) -> None:
         """Nothing is open."""
 
     def __init__(self) -> None:
+        self._folders = _FolderLocks()
         self._lock = threading.Lock()
         # path -> (its lock, how many hold it or wait for it). Protected by _lock.
         self._paths: dict[str, tuple[threading.Lock, int]] = {}
@@ -40,6 +41,10 @@ class ThreadLocks:
             for path in sorted(set(paths)):
                 held.enter_context(self._one(path))
             yield
+
+    def hold_folders(self, *folders: str) -> contextlib.AbstractContextManager[None]:
+        """Be the only one at work in the folders; see `PathLocks.hold_folders`."""
+        return self._folders.hold(alone=folders, together=_above(folders))
 
     @contextlib.contextmanager
     def _one(self, path: str) -> Iterator[None]:
@@ -59,24 +64,131 @@ class ThreadLocks:
 
 
 class PathLocks:
-    """One holder of each path among all threads of all processes that share a folder. Any thread."""
+    """One holder of each path among all threads of all processes that share a folder. Any thread.
+
+    Locks of folders stand before those of paths: who holds a folder may take paths, and never the other way round.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._threads = ThreadLocks()
         self._processes: _RangeLocks | _FileLocks = _RangeLocks(folder) if HAS_RANGES else _FileLocks(folder)
+        self._folders = _FolderLocks(self._processes)
 
     @contextlib.contextmanager
     def hold(self, *paths: str) -> Iterator[None]:
         """Hold all of the paths; wait for each that somebody else holds. Not to be nested."""
-        digests = sorted({blake2b(encoded(path), digest_size=16).digest() for path in paths})
+        digests = sorted({_digest(path) for path in paths})
         with self._threads.hold(*paths), contextlib.ExitStack() as held:
             for digest in digests:
                 self._processes.hold(digest, held)
             yield
 
+    @contextlib.contextmanager
+    def hold_in_folders(self, path: str) -> Iterator[None]:
+        """Hold the path while nobody holds a folder above it; wait for all. Not to be nested."""
+        with self._folders.hold(together=_above([path])), self.hold(path):
+            yield
+
+    def hold_folders(self, *folders: str) -> contextlib.AbstractContextManager[None]:
+        """Hold folders alone: nobody else holds them, one above or below them, or a path below them in its folders.
+
+        Waits for those who do. Who comes meanwhile waits behind, so that many who take turns in a folder do not keep
+        one who wants it alone waiting for ever. Not to be nested.
+        """
+        return self._folders.hold(alone=folders, together=_above(folders))
+
     def close(self) -> None:
         """Release what is open. Who holds a path goes on to hold it until they are through."""
         self._processes.close()
+
+
+def _digest(name: str) -> bytes:
+    return blake2b(encoded(name), digest_size=16).digest()
+
+
+def _above(paths: Iterable[str]) -> set[str]:
+    """Return the folders above the paths but for the root, which nobody renames."""
+    return {folder for path in paths for folder in ancestors(path) if folder}
+
+
+class _Gate:
+    """One folder as this process holds it, by one thread alone or by any number together."""
+
+    def __init__(self) -> None:
+        # Threads that hold it or wait; protected by the lock of all gates.
+        self.users = 0
+        # Held by the one who is next.
+        self.line = threading.Lock()
+        self.state = threading.Condition()
+        # Protected by state: how many hold it, -1 for one alone; what releases it for other processes.
+        self.holders = 0
+        self.processes = contextlib.ExitStack()
+
+
+class _FolderLocks:
+    """Locks of folders, each held alone or together, in the order of asking among threads and among processes.
+
+    The first thread of a process that holds a folder takes it for the process, the last one gives it back. A second
+    lock of each folder, its turnstile, is passed by all and kept by one who waits to be alone.
+    """
+
+    def __init__(self, processes: _RangeLocks | _FileLocks | None = None) -> None:
+        self._processes = processes
+        self._lock = threading.Lock()
+        # Protected by _lock.
+        self._gates: dict[str, _Gate] = {}
+
+    @contextlib.contextmanager
+    def hold(self, *, alone: Iterable[str] = (), together: Iterable[str] = ()) -> Iterator[None]:
+        """Hold folders, one by one in the order of their names, which is the same for everybody."""
+        single = set(alone)
+        with contextlib.ExitStack() as held:
+            for folder in sorted(single | set(together)):
+                held.enter_context(self._one(folder, alone=folder in single))
+            yield
+
+    @contextlib.contextmanager
+    def _one(self, folder: str, *, alone: bool) -> Iterator[None]:
+        with self._lock:
+            gate = self._gates.setdefault(folder, _Gate())
+            gate.users += 1
+        try:
+            self._enter(gate, folder, alone=alone)
+            try:
+                yield
+            finally:
+                self._leave(gate)
+        finally:
+            with self._lock:
+                gate.users -= 1
+                if not gate.users:
+                    del self._gates[folder]
+
+    def _enter(self, gate: _Gate, folder: str, *, alone: bool) -> None:
+        with gate.line, contextlib.ExitStack() as turnstile:
+            # Before this thread counts as a holder: it may wait for somebody here who waits for all holders to go.
+            self._hold_for_process(f"{folder}//", turnstile)  # no path has such a name
+            with gate.state:
+                gate.state.wait_for(lambda: gate.holders == 0 or (gate.holders > 0 and not alone))
+                is_first = gate.holders == 0
+                gate.holders = -1 if alone else gate.holders + 1
+            try:
+                if is_first:
+                    self._hold_for_process(f"{folder}/", gate.processes, together=not alone)
+            except BaseException:
+                self._leave(gate)
+                raise
+
+    def _hold_for_process(self, name: str, held: contextlib.ExitStack, *, together: bool = False) -> None:
+        if self._processes is not None:
+            self._processes.hold(_digest(name), held, together=together)
+
+    def _leave(self, gate: _Gate) -> None:
+        with gate.state:
+            if gate.holders in (1, -1):
+                gate.processes.close()
+            gate.holders = max(0, gate.holders - 1)
+            gate.state.notify_all()
 
 
 class _RangeLocks:
@@ -95,12 +207,13 @@ class _RangeLocks:
         self._users = 0
         self._is_closing = False
 
-    def hold(self, digest: bytes, held: contextlib.ExitStack) -> None:
-        """Lock the path of a digest, until `held` is left."""
+    def hold(self, digest: bytes, held: contextlib.ExitStack, *, together: bool = False) -> None:
+        """Lock what has the digest, until `held` is left; `together`: with all others who do so, too."""
         file = self._use()
         held.callback(self._leave, file)
         place = int.from_bytes(digest[:8], "little") >> 2
-        fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, place))
+        kind = fcntl.F_RDLCK if together else fcntl.F_WRLCK
+        fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLKW, _flock(kind, place))
         held.callback(self._let_go, file, place)
 
     def _let_go(self, file: LockFile, place: int) -> None:
@@ -155,8 +268,10 @@ class _FileLocks:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._sweep()
 
-    def hold(self, digest: bytes, held: contextlib.ExitStack) -> None:
-        """Lock the path of a digest, until `held` is left."""
+    def hold(self, digest: bytes, held: contextlib.ExitStack, *, together: bool = False) -> None:
+        """Lock what has the digest, until `held` is left. `together` is alone here: a file that goes with its holder
+        cannot have several.
+        """
         held.callback(_remove, self._acquire(str(self._folder / digest.hex())))
 
     def close(self) -> None:
