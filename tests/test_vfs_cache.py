@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ftpvfs.config import ConfigError
+from ftpvfs.coordination.locks import PathLocks
 from tests.conftest import Store, wait_until
 
 WAITS = 30.0
@@ -129,6 +130,108 @@ def test_a_folder_is_renamed_with_what_is_dirty_stored_and_deleted_in_it(
     assert files == {"new/changed", "new/stored", "new/sub/deep", "new/sub/new"}
     assert store.read("new/changed") == b"changed here"
     assert not vfs.exists("old")
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+@pytest.mark.parametrize("request_", ["walk", "copy", "remove"])
+def test_a_file_acknowledged_while_its_folder_is_renamed_is_stored_whole_and_nothing_older_over_it(
+    store: Store, make: Callable[..., Any], request_: str
+) -> None:
+    for key in ("d/a", "d/b", "d/c"):
+        store.write(key, b"at the store")
+    vfs = make(store)
+    vfs.mkdir("e")
+    put(vfs, "d/b", b"b dirty before")
+    asked, done = getattr(vfs.core.backend, request_), []
+
+    def late(*arguments: Any, **keywords: Any) -> Any:
+        if not done:
+            done.append(True)
+            put(vfs, "d/a", b"a acknowledged meanwhile")
+            put(vfs, "d/b", b"b acknowledged meanwhile")
+            put(vfs, "d/new", b"new")
+            put(vfs, "e/of others", b"theirs")
+            vfs.core.parts.writeback.notify()
+        return asked(*arguments, **keywords)
+
+    setattr(vfs.core.backend, request_, late)
+    vfs.rename("d", "e")
+    vfs.sync(WAITS)
+    vfs.forget()
+    assert {key: store.read(key) for key in store.list() if not key.endswith("/")} == {
+        "e/a": b"a acknowledged meanwhile",
+        "e/b": b"b acknowledged meanwhile",
+        "e/c": b"at the store",
+        "e/new": b"new",
+        "e/of others": b"theirs",
+    }
+    assert vfs.listdir("e") == ["a", "b", "c", "new", "of others"]
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_file_acknowledged_at_a_new_name_while_a_folder_is_renamed_there_is_not_replaced(
+    store: Store, make: Callable[..., Any]
+) -> None:
+    for key in ("d/a", "d/b"):
+        store.write(key, b"at the store")
+    vfs = make(store)
+    vfs.mkdir("e")
+    put(vfs, "d/b", b"b dirty before")
+    walk = vfs.core.backend.walk
+
+    def late(path: str) -> Any:
+        put(vfs, "e/a", b"theirs")
+        put(vfs, "e/b", b"theirs, too")
+        put(vfs, "d/b", b"b acknowledged meanwhile")
+        return walk(path)
+
+    vfs.core.backend.walk = late
+    vfs.rename("d", "e")
+    vfs.sync(WAITS)
+    found = {key: store.read(key) for key in store.list() if not key.endswith("/")}
+    assert found["e/a"] == b"theirs"
+    assert found["e/b"] == b"theirs, too"
+    assert found["d/a"] == b"at the store"
+    assert found["d/b"] == b"b acknowledged meanwhile"
+
+
+@two_stores
+def test_a_folder_of_many_dirty_files_is_renamed_without_storing_one_of_them(
+    store: Store, make: Callable[..., Any]
+) -> None:
+    store.write("d/stored", b"x")
+    vfs = make(store)
+    names = [f"{number:03}" for number in range(250)]
+    for name in names:
+        put(vfs, f"d/{name}", name.encode())
+    vfs.rename("d", "e")
+    assert [row["path"] for row in vfs.queue() if row["action"] == "upload"] == [f"e/{name}" for name in names]
+    assert store.list() - {"e/"} == {"e/stored"}
+    assert vfs.listdir("e") == [*names, "stored"]
+    assert get(vfs, "e/249") == b"249"
+
+
+@two_stores
+def test_nothing_is_stored_below_a_folder_that_is_being_renamed(store: Store, make: Callable[..., Any]) -> None:
+    store.write("d/stored", b"x")
+    vfs = make(store, write_back="0s")
+    backend, seen = vfs.core.backend, []
+    upload_file = backend.upload_file
+
+    def sent(path: str, *arguments: Any, **keywords: Any) -> Any:
+        seen.append(path)
+        return upload_file(path, *arguments, **keywords)
+
+    backend.upload_file = sent
+    vfs.mkdir("e")
+    with PathLocks(vfs.cache_folder).hold_folders("d", "e"):
+        put(vfs, "d/a", b"x")
+        put(vfs, "e/a", b"x")
+        put(vfs, "free", b"x")
+        wait_until(lambda: store.list() >= {"free"}, timeout=WAITS)
+        assert seen == ["free"]
+    vfs.sync(WAITS)
+    assert sorted(seen) == ["d/a", "e/a", "free"]
 
 
 @two_stores

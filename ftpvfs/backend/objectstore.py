@@ -264,6 +264,10 @@ class ObjectStoreBackend(Backend):
             if page.has_marker:
                 yield path + "/", Entry("", is_dir=False)
 
+    def require(self, path: str, replaces: Condition) -> None:
+        if replaces is not ANY:
+            self.ask(path, lambda: self.require_now(path, replaces))
+
     def remove(self, path: str, *, only: str | None = None) -> None:
         self.ask(path, lambda: self.delete(path, only))
 

@@ -435,13 +435,35 @@ class Cache:
         self._has_moved(old, new)
         return new
 
-    def rename_below(self, source: str, target: str) -> None:
-        """Rename all dirty files at and below a folder in one step, durably. The store's objects are the caller's."""
+    def rename_below(self, source: str, target: str) -> dict[str, DirtyRecord]:
+        """Rename all that is dirty at and below a folder in one step, durably; return it by its new paths.
+
+        A file that waits under a new path keeps its place, and the other its name. The store's objects are the
+        caller's.
+        """
+        return self._rename_all(source, target, self.dirty_below(source), {})
+
+    def rename_rest_below(self, source: str, target: str, over: dict[str, DirtyRecord]) -> None:
+        """Rename the files that were published below a folder since it was renamed; `over` is what that returned."""
+        files = [record for record in self.dirty_below(source) if not record.is_tombstone]
+        self._rename_all(source, target, files, over)
+
+    def rename_back(self, source: str, target: str, moved: dict[str, DirtyRecord]) -> None:
+        """Undo `rename_below(source, target)`, which returned `moved`, but for what was changed since."""
+        same = [record for path, record in moved.items() if self._journal.dirty(path) == record]
+        self._rename_all(target, source, same, {})
+
+    def _rename_all(
+        self, source: str, target: str, records: list[DirtyRecord], over: dict[str, DirtyRecord]
+    ) -> dict[str, DirtyRecord]:
+        if not records:
+            return {}
         about_to_wait(Wait.DISK)
-        records = self.dirty_below(source)
-        if records:
-            for old, new in self._with_room(lambda: self._dirty.rename_below(source, target, records)):
+        done = self._with_room(lambda: self._dirty.rename_below(source, target, records, over))
+        for old, new in done:
+            if not new.is_tombstone:
                 self._has_moved(old, new)
+        return {new.path: new for _, new in done}
 
     def _has_moved(self, old: DirtyRecord, new: DirtyRecord) -> None:
         if old.id is not None and new.id is not None:

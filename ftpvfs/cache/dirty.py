@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -176,24 +176,24 @@ class DirtyFiles:
         return done.source, done.moved
 
     def rename_below(
-        self, source: str, target: str, records: list[DirtyRecord]
+        self, source: str, target: str, records: list[DirtyRecord], over: Mapping[str, DirtyRecord]
     ) -> list[tuple[DirtyRecord, DirtyRecord]]:
         """Move all dirty files at and below a folder, in one step; `records` are those known to be there.
 
+        A file that waits under the new name keeps its place, and the other its own name, unless it is one of `over`.
         The store's own objects go by the folder's rename. What is to be deleted there is to be deleted in both places.
         """
 
         def once() -> tuple[_Renaming, ...]:
-            known = [self._journal.dirty(each.path) for each in records]
-            return self._rename_all(
-                [
-                    self._renaming(each, paths.rebase(each.path, source, target), False, None, base_known=False)
-                    for each in known
-                    if each is not None
-                ]
-            )
+            known = [(each, self._journal.dirty(each.path)) for each in records]
+            renamings = [
+                self._renaming(now, paths.rebase(now.path, source, target), False, None, base_known=False)
+                for each, now in known
+                if now is not None and now.is_tombstone == each.is_tombstone
+            ]
+            return self._rename_all([each for each in renamings if _may_go(each, over)])
 
-        return [(each.source, each.moved) for each in _until_it_fits(source, once) if not each.moved.is_tombstone]
+        return [(each.source, each.moved) for each in _until_it_fits(source, once)]
 
     def _renaming(
         self, source: DirtyRecord, target: str, at_store: bool, base: str | None, *, base_known: bool
@@ -374,6 +374,11 @@ class DirtyFiles:
         if record.id is not None:
             self._freed(self._files.unlink(Place.DATA, record.id))
         self._files.unlink(Place.DATA, record.beside + BESIDE)
+
+
+def _may_go(renaming: _Renaming, over: Mapping[str, DirtyRecord]) -> bool:
+    there = renaming.target
+    return there is None or there.is_tombstone or over.get(there.path) == there
 
 
 def _publish(changes: Changes, record: DirtyRecord) -> Replaced:

@@ -171,7 +171,7 @@ class Storing:
 
     def bring(self, turn: Turn) -> Outcome:
         """Do what is to be done at the path. Raises what the store says; nothing is under way any more on return."""
-        with self._locks.hold(turn.path):
+        with self._locks.hold_in_folders(turn.path):
             record = self._cache.dirty(turn.path)
             if record is None:
                 return Outcome.NOTHING

@@ -7,7 +7,7 @@ import errno
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ class Core:
         )
         cache.start()
         writeback.start()
-        return CacheParts(cache, downloads, writeback, Pending(cache, writeback, self._locks, self.changed))
+        return CacheParts(cache, downloads, writeback, Pending(cache, writeback, self.changed))
 
     def _open_left(self) -> CacheParts | None:
         """Open, in mode off, the cache that an earlier start has left with files which the store never got.
@@ -272,11 +272,27 @@ class Core:
         """What the store does not have yet; None in mode off, where there is no such thing (any more)."""
         return self.parts.pending if self.parts is not None else None
 
-    def renaming_below(self, source: str, target: str) -> contextlib.AbstractContextManager[set[str]]:
-        """Rename what is dirty below a folder while the store renames the folder; yields the new paths."""
-        if self.pending is None:
-            return contextlib.nullcontext(set())
-        return self.pending.renaming_below(source, target)
+    def is_dirty(self, path: str) -> bool:
+        """Tell whether a file is on its way to the path at the store."""
+        return self.pending is not None and self.pending.is_file(path)
+
+    @contextlib.contextmanager
+    def renaming_below(self, source: str, target: str) -> Iterator[Collection[str]]:
+        """Rename what is dirty below a folder while the store renames the folder; yields the new paths.
+
+        Nobody else renames a folder above or below either, nor stores there what is dirty.
+        """
+        about_to_wait(Wait.STORE)
+        with self._locks.hold_folders(source, target):
+            if self.pending is None:
+                yield ()
+            else:
+                with self.pending.renaming_below(source, target) as dirty:
+                    yield dirty
+
+    def hold(self, *names: str) -> contextlib.AbstractContextManager[None]:
+        """Be the only one who changes the store at each path, for moments, while a folder is renamed."""
+        return self._locks.hold(*names)
 
     def replaced(self, path: str) -> None:
         """The store has something at the path that is newer than whatever is cached of it."""

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from ftpvfs import paths
 from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.records import DirtyRecord
 from ftpvfs.cache.writeback import WriteBack
-from ftpvfs.coordination.locks import PathLocks
 from ftpvfs.errors import failure
-
-# Dirty files that a folder's rename takes along; each is held twice, by a descriptor. A guess.
-MOST_HELD = 200
 
 # How fingerprints begin that are no store's.
 LOCAL = "cache-"
@@ -53,10 +49,9 @@ def base_of(there: Entry | None, *, is_known: bool) -> tuple[str | None, bool]:
 class Pending:
     """The dirty paths of one store. Any thread; `changed(path, entry)` tells the directory cache."""
 
-    def __init__(self, cache: Cache, writeback: WriteBack, locks: PathLocks, changed: Changed) -> None:
+    def __init__(self, cache: Cache, writeback: WriteBack, changed: Changed) -> None:
         self._cache = cache
         self._writeback = writeback
-        self._locks = locks
         self._changed = changed
 
     # --- laid over the store's answers
@@ -80,6 +75,10 @@ class Pending:
     def is_any_in(self, folder: str) -> bool:
         """Tell whether local files lie directly in the folder, so that it exists whatever the store says."""
         return any(not record.is_tombstone for record in self._cache.dirty_in(folder))
+
+    def is_file(self, path: str) -> bool:
+        """Tell whether a file waits at the path."""
+        return self._file(path) is not None
 
     # --- changes
 
@@ -122,28 +121,20 @@ class Pending:
         return True
 
     @contextlib.contextmanager
-    def renaming_below(self, source: str, target: str) -> Iterator[set[str]]:
+    def renaming_below(self, source: str, target: str) -> Iterator[Collection[str]]:
         """Rename all dirty files below a folder, before the store renames it; back where that raises.
 
-        Yields their new paths. Write-back leaves the old and the new ones alone meanwhile: what it sent under either
-        could be overtaken by the store's own rename.
+        Yields their new paths. The caller holds both folders (`PathLocks.hold_folders`): what write-back sent under
+        either name could be overtaken by the store's own rename. What is published meanwhile follows at the end.
         """
-        moves = {path: paths.rebase(path, source, target) for path in self._few_below(source)}
-        with self._locks.hold(*moves, *moves.values()):
-            self._cache.rename_below(source, target)
-            try:
-                yield set(moves.values())
-            except OSError:
-                self._cache.rename_below(target, source)
-                raise
+        moved = self._cache.rename_below(source, target)
+        try:
+            yield moved
+        except OSError:
+            self._cache.rename_back(source, target, moved)
+            raise
+        self._cache.rename_rest_below(source, target, moved)
         self._writeback.notify()
-
-    def _few_below(self, folder: str) -> list[str]:
-        """Return the dirty paths below a folder; where they are too many to be held, the others are stored first."""
-        names = [record.path for record in self._cache.dirty_below(folder)]
-        for path in names[MOST_HELD:]:
-            self._writeback.upload_now(path)
-        return names[:MOST_HELD]
 
     def replaced(self, path: str) -> None:
         """The store has something at the path that is newer than what was on its way there."""

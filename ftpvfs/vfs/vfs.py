@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -30,7 +30,7 @@ from ftpvfs.vfs.handle import Handle
 from ftpvfs.vfs.opening import Opening, Request
 from ftpvfs.vfs.openmode import CacheMode, HandleKind, flags_of, handle_kind, writes
 from ftpvfs.vfs.pending import is_local
-from ftpvfs.vfs.tree import move_tree
+from ftpvfs.vfs.tree import Surroundings, TreeMove
 from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
@@ -535,13 +535,16 @@ class VFS:
     def _rename_folder(self, source: str, target: str, *, replaces: bool) -> None:
         core = self.core
         core.settle(target)
+        left = None
         try:
             with core.renaming_below(source, target) as dirty:
                 if core.backend.capability.renames_directories:
                     core.backend.rename(source, target)
                     core.times.folder_renamed(source, target)
                 else:
-                    self._move_tree(source, target, dirty)
+                    left = self._move_tree(source, target, dirty)
+            if left is not None:
+                raise left
         except OSError:
             for path in (source, target):
                 core.dirs.doubt(path)
@@ -554,20 +557,28 @@ class VFS:
         if core.backend.capability.renames_directories or not core.is_there(source):
             core.dirs.changed(source, None)
 
-    def _move_tree(self, source: str, target: str, dirty: set[str]) -> None:
-        """Copy and delete all objects; those that are `dirty` under their new names are only deleted."""
+    def _move_tree(self, source: str, target: str, dirty: Collection[str]) -> OSError | None:
+        """Copy and delete all objects; those that are `dirty` under their new names are only deleted.
+
+        Returns why not all could be deleted: what is dirty has moved by then, and is not to be moved back.
+        """
         core = self.core
-        move_tree(
-            core.backend,
-            source,
-            target,
-            leave_out=dirty,
-            limit=self.options.max_rename_objects,
-            workers=self.options.checkers,
-            copied=core.times.moved,
+
+        def stays(path: str, new: str) -> bool:  # newer files wait there, whose records know what the store has
+            return core.is_dirty(path) or (new not in dirty and core.is_dirty(new))
+
+        around = Surroundings(core.hold, stays, core.times.moved)
+        move = TreeMove(
+            core.backend, source, target, around=around, leave_out=dirty, workers=self.options.checkers
         )
+        move.copy(self.options.max_rename_objects)
+        try:
+            move.remove()
+        except OSError as error:
+            return error
         if core.keeps_folders:
             core.index.move_folder(source, target)
+        return None
 
     def utime(self, path: str, times: tuple[float, float] | None = None) -> None:
         """Set the modification time (`times` is (access, modification), None is now). It is there when this returns.
