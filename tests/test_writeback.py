@@ -497,6 +497,75 @@ def test_a_change_by_others_is_dealt_with_as_the_user_said(
     assert {path: store.read(path) for path in store.list()} == expected
 
 
+@pytest.fixture
+def timeless(make_rig: Callable[..., Rig], local_store: Store) -> Callable[..., Rig]:
+    """timeless(**options) -> Rig before a store that keeps no modification times."""
+
+    def make(**options: Any) -> Rig:
+        rig = make_rig(local_store, **options)
+        rig.backend.capability = replace(rig.backend.capability, sets_mtime=False)
+        return rig
+
+    return make
+
+
+def test_where_no_times_are_kept_a_version_of_equal_length_is_not_taken_for_ones_own(
+    timeless: Callable[..., Rig], local_store: Store
+) -> None:
+    rig = timeless(conflict="keep-both")
+    before = rig.stored("a", b"before")
+    record = rig.publish("a", b"ours", base=before.fingerprint)
+    local_store.write("a", b"them")
+    rig.settle()
+    assert local_store.read("a") == b"them"
+    assert local_store.read(conflict_name("a", record.since)) == b"ours"
+
+
+def test_where_no_times_are_kept_ones_own_version_is_known_by_its_bytes(
+    timeless: Callable[..., Rig], local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = timeless(conflict="keep-both")
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.cache, "uploaded", _dying)
+        rig.publish("a", b"first")
+        rig.advance()
+        wait_until(lambda: rig.row("a")["tries"] == 1)
+    rig.close()
+    again = timeless(conflict="keep-both")
+    again.publish("a", b"second", mtime=2.5)
+    again.settle(2 * REST)
+    assert local_store.list() == {"a"}
+    assert local_store.read("a") == b"second"
+
+
+@pytest.mark.parametrize("name", ["a", "n" * 250 + ".txt", "\u00e4" * 120 + ".txt"], ids=["short", "long", "umlauts"])
+def test_both_are_kept_whatever_the_names_are(make_rig: Callable[..., Rig], local_store: Store, name: str) -> None:
+    rig = make_rig(local_store, conflict="keep-both")
+    before = rig.stored(name, b"before")
+    record = rig.publish(name, b"ours", base=before.fingerprint)
+    taken, free = (conflict_name(name, record.since, number) for number in (1, 2))
+    rig.stored(name, b"theirs")
+    rig.stored(taken, b"somebody's")
+    rig.settle()
+    found = {path: local_store.read(path) for path in local_store.list()}
+    assert found == {name: b"theirs", taken: b"somebody's", free: b"ours"}
+
+
+def test_a_copy_beside_whose_answer_was_lost_is_not_made_twice(
+    make_rig: Callable[..., Rig], s3_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(s3_store, conflict="keep-both")
+    before = rig.stored("a", b"before")
+    record = rig.publish("a", b"ours", base=before.fingerprint)
+    rig.stored("a", b"theirs", mtime=3.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.cache, "uploaded", _dying)
+        rig.advance()
+        wait_until(lambda: rig.row("a")["tries"] == 1)
+    rig.settle(2 * REST)
+    assert s3_store.list() == {"a", conflict_name("a", record.since)}
+
+
 @pytest.mark.parametrize("policy", ["overwrite", "keep-both", "fail"])
 def test_a_file_that_others_changed_is_deleted_as_the_user_said(
     make_rig: Callable[..., Rig], store: Store, policy: str

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import enum
 import errno
+import hashlib
 import logging
+import os
 import threading
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -32,6 +34,13 @@ SETTLED_AFTER = 5.0
 VERSIONS_KEPT = 10_000
 # Larger files are compared with the store before they are sent, and not only as they are published.
 LOOK_FIRST = 16 * 2**20
+# Names beside a path that are tried for a file that conflicts with it.
+MOST_NAMES = 1000
+# Bytes of UTF-8 in a name and in a path that all stores take.
+LONGEST_NAME, LONGEST_PATH = 255, 1024
+BLOCK = 2**20
+# What no store calls a version.
+NO_VERSION = ""
 # After these nobody needs to wonder whether the store did what it was asked for.
 REFUSALS = {ECHANGED, errno.ECANCELED, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EINVAL, errno.EROFS, errno.EFBIG,
             errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC, errno.ELOOP}  # fmt: skip
@@ -215,7 +224,7 @@ class Storing:
         return self._is_stored(record, entry)
 
     def _put(self, record: DirtyRecord, descriptor: int, turn: Turn, replaces: Condition) -> Entry:
-        self._note_sent(record)
+        self._note_sent(record, descriptor)
         try:
             return self._put_at(record.path, record, descriptor, turn, replaces)
         except FileNotFoundError:
@@ -269,8 +278,7 @@ class Storing:
 
     def _send_beside(self, record: DirtyRecord, descriptor: int, turn: Turn, found: Entry) -> Outcome:
         """Store the file under another name; the name is the same after a crash."""
-        beside = conflict_name(record.path, record.since)
-        entry = self._put_at(beside, record, descriptor, turn, ABSENT)
+        beside, entry = self._put_beside(record, descriptor, turn)
         tell_of_beside(record.path, beside)
         self._stored(record, beside, entry)
         # The entry is another path's, so that nobody takes the bytes for what the store has at this one.
@@ -281,6 +289,21 @@ class Storing:
         self._changed(beside, entry)
         self._changed(record.path, found)
         return Outcome.BESIDE if is_newest else Outcome.SUPERSEDED
+
+    def _put_beside(self, record: DirtyRecord, descriptor: int, turn: Turn) -> tuple[str, Entry]:
+        """Store the file under the first name that is free, or where an earlier try has put it."""
+        version = self._version(record, descriptor)
+        for number in range(1, MOST_NAMES):
+            beside = conflict_name(record.path, record.since, number)
+            try:
+                return beside, self._put_at(beside, record, descriptor, turn, ABSENT)
+            except OSError as error:
+                if error.errno != ECHANGED:
+                    raise
+            found = self._found(beside)
+            if found is not None and not found.is_dir and self._is_any_of(found, beside, [version]):
+                return beside, found
+        raise failure(errno.EEXIST, record.path, "There is no free name beside it for what conflicts with it")
 
     def _found(self, path: str) -> Entry | None:
         try:
@@ -296,34 +319,59 @@ class Storing:
         if found is not None and found.is_dir:
             return False
         with self._lock:
-            if path in self._left and self._left[path] == (found.fingerprint if found is not None else None):
+            if path in self._left and self._left[path] == (None if found is None else found.fingerprint or NO_VERSION):
                 return True
             known = list(self._sent.get(path, ()))
         if found is None:
             return False
         if self._policy != "overwrite":
             known += self._log().sent(path)
-        keeps_times = self._backend.capability.sets_mtime
-        return any(
-            found.size == size and (not keeps_times or found.mtime is None or abs(found.mtime - mtime) < 1e-6)
-            for size, mtime in known
-        )
+        return self._is_any_of(found, path, known)
 
-    def _note_sent(self, record: DirtyRecord) -> None:
+    def _is_any_of(self, found: Entry, path: str, versions: list[Version]) -> bool:
+        """Tell an object by its length and time; where the store keeps no times, by its bytes."""
+        alike = [version for version in versions if version[0] == found.size]
+        if self._backend.capability.sets_mtime:
+            return found.mtime is not None and any(abs(found.mtime - mtime) < 1e-6 for _, mtime, _ in alike)
+        digests = {digest for _, _, digest in alike if digest}
+        return bool(digests) and self._digest_at_store(path, found) in digests
+
+    def _digest_at_store(self, path: str, found: Entry) -> str:
+        hasher = hashlib.blake2b()
+        for start in range(0, found.size, BLOCK):
+            stop = min(start + BLOCK, found.size)
+            for piece in self._backend.fetch(path, start, stop, found.fingerprint).result():
+                hasher.update(piece)
+        return hasher.hexdigest()
+
+    def _version(self, record: DirtyRecord, descriptor: int) -> Version:
+        """Return by what a file can be told at the store; hashing it is left out where nothing depends on it."""
+        if self._backend.capability.sets_mtime or self._policy == "overwrite":
+            return record.size, record.mtime, ""
+        hasher = hashlib.blake2b()
+        for start in range(0, record.size, BLOCK):
+            hasher.update(os.pread(descriptor, BLOCK, start))
+        return record.size, record.mtime, hasher.hexdigest()
+
+    def _note_sent(self, record: DirtyRecord, descriptor: int) -> None:
         """Remember what is about to be sent; on the disk where a mistake would be more than a line in the log."""
-        version = (record.size, record.mtime)
+        version = self._version(record, descriptor)
         with self._lock:
             known = self._sent.setdefault(record.path, [])
             if version not in known:
                 known.append(version)
         if self._policy != "overwrite":
-            self._log().add_sent(record.path, version)
+            try:
+                self._log().add_sent(record.path, version)
+            except OSError as error:  # the disk is full: what is stored makes room
+                logger.warning("%r may be taken for another's after a crash: %s", record.path, error)
 
     def _has_got(self, path: str, entry: Entry | None) -> None:
         """Remember what the store has got from here, or that it was told to delete what it had."""
         with self._lock:
             self._left.pop(path, None)
-            self._left[path] = entry.fingerprint if entry is not None else None
+            if entry is None or entry.fingerprint is not None:
+                self._left[path] = None if entry is None else entry.fingerprint
             if len(self._left) > VERSIONS_KEPT:
                 del self._left[next(iter(self._left))]
         self._forget_sent(path)
@@ -423,11 +471,18 @@ def _refused(path: str, found: Entry | None) -> OSError:
     return failure(ECHANGED, path, f"The file {what}, and --vfs-conflict is fail")
 
 
-def conflict_name(path: str, moment: float) -> str:
-    """Return the path under which a file is stored when another one came first.
+def conflict_name(path: str, moment: float, number: int = 1) -> str:
+    """Return the path under which a file is stored when another one came first; `number` where that is taken, too.
 
     >>> conflict_name("a/b.txt", 0)
     'a/b.txt (conflict 1970-01-01 00-00-00)'
+    >>> conflict_name("a/b.txt", 0, 2)
+    'a/b.txt (conflict 1970-01-01 00-00-00 2)'
     """
     date = datetime.fromtimestamp(moment, timezone.utc).strftime("%Y-%m-%d %H-%M-%S")
-    return f"{path} (conflict {date})"
+    end = f" (conflict {date}{f' {number}' if number > 1 else ''})"
+    folder, name = paths.split(path)
+    room = min(LONGEST_NAME, LONGEST_PATH - len(os.fsencode(folder)) - 1) - len(end)
+    while name and len(os.fsencode(name)) > room:
+        name = name[:-1]
+    return paths.join(folder, name + end)

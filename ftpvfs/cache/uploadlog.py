@@ -12,8 +12,8 @@ SENT = "sent:"
 # News that nobody takes must not fill the disk.
 MOST_EVENTS = 10_000
 
-# Length and modification time of a version that may have got to the store.
-Version = tuple[int, float]
+# Length, modification time and hash of a version that may have got to the store; no hash where the others tell.
+Version = tuple[int, float, str]
 
 
 class UploadLog(Database):
@@ -53,7 +53,7 @@ class UploadLog(Database):
 
     def sent(self, path: str) -> list[Version]:
         """Return the versions that may have got to the store since `forget_sent`."""
-        return [(int(size), float(mtime)) for size, mtime in self._read(SENT + path) or ()]
+        return [(int(size), float(mtime), "".join(digest)) for size, mtime, *digest in self._read(SENT + path) or ()]
 
     def forget_sent(self, path: str) -> None:
         """Forget them: it is known what the store has."""
