@@ -1,4 +1,4 @@
-"""The command line: what each command does, the log, and the one line of what is wrong.
+"""The command line: what each command does, and the one line of what is wrong.
 
 Exit status: 0 after SIGTERM or SIGINT, 1 where the store or the address refuses, 2 for a mistake in the configuration.
 """
@@ -6,21 +6,17 @@ Exit status: 0 after SIGTERM or SIGINT, 1 where the store or the address refuses
 from __future__ import annotations
 
 import getpass
-import json
 import logging
-import logging.handlers
 import os
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 
 from ftpvfs import __version__, cachecmd
 from ftpvfs.assembly import check
 from ftpvfs.authorizer import hash_password
-from ftpvfs.config import Config, ConfigError, LogOptions, check_file, help_text, load
+from ftpvfs.config import Config, ConfigError, check_file, help_text, load
 from ftpvfs.launch import StartError, reason, serve
-
-LEVELS = {"DEBUG": logging.DEBUG, "INFO": logging.INFO, "NOTICE": logging.WARNING, "ERROR": logging.ERROR}
+from ftpvfs.logs import log_to
 
 logger = logging.getLogger("ftpvfs")
 
@@ -67,7 +63,7 @@ def _hash_password(config: Config) -> int:
 
 
 def _cache(config: Config) -> int:
-    _log_to(config.log)
+    log_to(config.log)
     try:
         return cachecmd.run(config)
     except (OSError, ValueError, ImportError) as error:
@@ -88,7 +84,7 @@ def _new_password() -> str:
 
 
 def _serve(config: Config) -> int:
-    _log_to(config.log)
+    log_to(config.log)
     serve(config)
     logger.info("stopped by a signal")
     return 0
@@ -104,49 +100,3 @@ COMMANDS = {
     "help": _help,
     "version": _version,
 }
-
-
-# --- the log
-
-
-class _LogFormatter(logging.Formatter):
-    """Entries that no file name can forge: control characters are escaped, further lines indented."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        lines = record.message.split("\n")
-        clean = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
-        record.message = "\n    ".join(clean)
-        return super().formatMessage(record)
-
-
-class _JSONFormatter(logging.Formatter):
-    """One JSON object an entry, with rclone's keys."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds"),
-            "level": "notice" if record.levelno == logging.WARNING else record.levelname.lower(),
-            "msg": record.getMessage(),
-            "source": record.name,
-        }
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
-
-
-def _log_to(options: LogOptions) -> None:
-    """Log this package and pyftpdlib at the level asked for; the stores' libraries only from warnings on,
-    because their debug output shows credentials.
-    """
-    level = LEVELS[options.level]
-    handler: logging.Handler = logging.StreamHandler()
-    if options.file:
-        try:
-            handler = logging.handlers.WatchedFileHandler(options.file)
-        except OSError as error:
-            raise ConfigError(f"log file {options.file!r} cannot be written: {error.strerror}") from None
-    as_text = _LogFormatter("%(asctime)s %(levelname)s: %(message)s")
-    handler.setFormatter(_JSONFormatter() if options.format == "json" else as_text)
-    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
-    for name in ("ftpvfs", "pyftpdlib"):
-        logging.getLogger(name).setLevel(level)

@@ -25,6 +25,7 @@ from ftpvfs.cache.bans import Bans
 from ftpvfs.cache.left import left_caches
 from ftpvfs.config import Address, Config, ConfigError, Listener, format_address, format_size
 from ftpvfs.coordination.sessions import SessionTable
+from ftpvfs.logs import written_by_a_thread
 from ftpvfs.metrics import Metrics
 from ftpvfs.server.limits import BACKLOG, Door, Limits
 from ftpvfs.server.serving import Service
@@ -129,7 +130,8 @@ class _Server:
 
     def run(self) -> None:
         if self._count == 1:
-            self._serve_alone()
+            with written_by_a_thread():
+                self._serve_alone()
             return
         workers = Workers(
             self._work,
@@ -177,6 +179,10 @@ class _Server:
 
     def _work(self, reporter: Reporter) -> int:
         """Be a worker; return its exit status."""
+        with written_by_a_thread():
+            return self._serve_as(reporter)
+
+    def _serve_as(self, reporter: Reporter) -> int:
         self._metrics.work_as(reporter.slot)
         try:
             service = self._service(first=reporter.slot == 0)
