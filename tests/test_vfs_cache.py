@@ -235,6 +235,36 @@ def test_nothing_is_stored_below_a_folder_that_is_being_renamed(store: Store, ma
 
 
 @two_stores
+@pytest.mark.parametrize("is_renamed", [True, False], ids=["renamed", "removed"])
+def test_a_file_is_shown_in_the_folder_that_others_took_away_while_it_was_written(
+    store: Store, make: Callable[..., Any], is_renamed: bool
+) -> None:
+    vfs = make(store)
+    vfs.makedirs("d/e")
+    assert vfs.listdir() == ["d"]
+    assert vfs.listdir("d/e") == []
+    with vfs.open("d/e/a", "wb") as file:
+        file.write(b"a")
+        if is_renamed:
+            vfs.rename("d", "other")
+        else:
+            vfs.rmdir("d/e")
+            vfs.rmdir("d")
+        assert not vfs.exists("d")
+    for _ in range(2):
+        assert "d" in vfs.listdir()
+        assert vfs.listdir("d") == ["e"]
+        assert vfs.listdir("d/e") == ["a"]
+        vfs.forget()
+        assert vfs.isdir("d")
+    with pytest.raises(OSError, match="empty"):
+        vfs.rmdir("d")
+    vfs.sync(WAITS)
+    vfs.forget()
+    assert get(vfs, "d/e/a") == store.read("d/e/a") == b"a"
+
+
+@two_stores
 def test_a_stored_file_renamed_over_one_that_waits_replaces_it(store: Store, make: Callable[..., Any]) -> None:
     store.write("stored", b"stored")
     vfs = make(store)

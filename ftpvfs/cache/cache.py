@@ -162,6 +162,14 @@ class Cache:
         """Return the dirty records of all that lies directly in the folder. From memory."""
         return self._dirty_mirror.inside(folder)
 
+    def dirty_folders_in(self, folder: str) -> list[str]:
+        """Return the names of the folders directly in the folder that hold dirty files, however deep. From memory."""
+        return self._dirty_mirror.folders_in(folder)
+
+    def is_dirty_below(self, folder: str) -> bool:
+        """Tell whether dirty files lie in the folder, however deep. From memory."""
+        return self._dirty_mirror.has_file_below(folder)
+
     def dirty_below(self, path: str) -> list[DirtyRecord]:
         """Return the dirty records at the path and below it. From memory."""
         own = self._dirty_mirror.get(path) if path else None

@@ -118,6 +118,21 @@ class Mirror:
             folder = self._find_locked(path)
             return [] if folder is None else list(self._walk_locked(path, folder))
 
+    def folders_in(self, path: str) -> list[str]:
+        """Return the names of the folders directly in a folder in which a dirty file lies, however deep."""
+        with self._lock:
+            self._follow_locked()
+            folder = self._find_locked(path)
+            inside = [] if folder is None else list(folder.folders.items())
+            return [name for name, child in inside if self._has_file_locked(paths.join(path, name), child)]
+
+    def has_file_below(self, path: str) -> bool:
+        """Tell whether a dirty file lies in a folder, however deep."""
+        with self._lock:
+            self._follow_locked()
+            folder = self._find_locked(path)
+            return folder is not None and self._has_file_locked(path, folder)
+
     @property
     def size(self) -> int:
         """Bytes of all dirty files; those that other processes changed count when somebody has asked for them."""
@@ -192,6 +207,9 @@ class Mirror:
         for name in list(folder.stale):
             child = paths.join(path, name)
             self._set_locked(child, self._read(child))
+
+    def _has_file_locked(self, path: str, folder: _Folder) -> bool:
+        return any(not record.is_tombstone for record in self._walk_locked(path, folder))
 
     def _walk_locked(self, path: str, folder: _Folder) -> Iterator[DirtyRecord]:
         self._refresh_locked(path, folder)

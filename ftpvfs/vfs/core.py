@@ -255,6 +255,13 @@ class Core:
         else:
             self.dirs.changed(path, None if dirty.is_tombstone else local_entry(dirty))
 
+    def published(self, path: str, entry: Entry | None) -> None:
+        """As `changed`, for a new file; the folders above it that others have removed since it was begun are back."""
+        self.changed(path, entry)
+        for folder in paths.ancestors(path)[:-1]:
+            if self.dirs.lacks(folder):
+                self.dirs.changed(folder, Entry(paths.split(folder)[1], is_dir=True))
+
     def look_again(self, path: str) -> Entry:
         """Ask the store for what it has at a path now, and show that unless something waits to be stored there."""
 
@@ -362,7 +369,7 @@ class Core:
         except OSError as error:
             if self.parts is None or error.errno not in AWAY:
                 raise
-            if self.parts.pending.is_any_in(path):
+            if self.parts.pending.is_any_below(path):
                 return Entry(paths.split(path)[1], is_dir=True)
             known = self.parts.cache.record(path)
             if known is None:
@@ -373,7 +380,7 @@ class Core:
         """Tell whether a folder exists although the store does not know it."""
         if self.keeps_folders and self.index.is_made(path):
             return True
-        return self.pending is not None and self.pending.is_any_in(path)
+        return self.pending is not None and self.pending.is_any_below(path)
 
     def keep_folder(self, path: str) -> None:
         """Let a folder outlive its last file where the store would let it go with it."""

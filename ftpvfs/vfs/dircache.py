@@ -228,6 +228,10 @@ class DirCache:
         parent, name = paths.split(path)
         return not path or self._known(parent, name)[0]
 
+    def lacks(self, path: str) -> bool:
+        """Tell whether it is known, without asking the store, that nothing is at the path."""
+        return bool(path) and self._known(*paths.split(path)) == (True, None)
+
     def _known(self, parent: str, name: str) -> tuple[bool, Entry | None]:
         """Return whether the cache can answer for the name, and its answer."""
         with self._lock:

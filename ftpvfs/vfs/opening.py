@@ -89,7 +89,7 @@ class Opening:
             with core.writer(path):
                 entry = upload.commit()
                 core.replaced(path)
-                core.changed(path, entry)
+                core.published(path, entry)
             if core.parts is not None:
                 core.parts.writeback.stored(request.user, path, entry)
 
@@ -166,7 +166,7 @@ class Opening:
                 parts.cache.publish_clean(tee.draft, entry)
             else:
                 tee.abandon()
-            core.changed(path, entry)
+            core.published(path, entry)
         parts.writeback.stored(request.user, path, entry)
 
     def _send(self, path: str, tee: Tee) -> tuple[str, Entry]:
@@ -200,7 +200,7 @@ class Opening:
         parts = self._parts
         base, is_known = base_of(request.entry, is_known=request.is_known)
         record = parts.cache.publish(draft, mtime=self._clock.time(), base=base, base_known=is_known)
-        self._core.changed(request.path, local_entry(record))
+        self._core.published(request.path, local_entry(record))
         parts.writeback.received(record)
 
     @property

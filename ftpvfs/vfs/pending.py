@@ -66,15 +66,17 @@ class Pending:
         return local_entry(record)
 
     def overlay(self, folder: str, entries: Iterable[Entry]) -> list[Entry]:
-        """Return the folder's entries as they will be: with local files, without those deleted here."""
+        """Return the folder's entries as they will be: with local files and their folders, without what is deleted."""
         dirty = self._cache.dirty_in(folder)
         names = {paths.split(record.path)[1] for record in dirty}
-        kept = [entry for entry in entries if entry.is_dir or entry.name not in names]
-        return kept + [local_entry(record) for record in dirty if not record.is_tombstone]
+        found = [entry for entry in entries if entry.is_dir or entry.name not in names]
+        found += [local_entry(record) for record in dirty if not record.is_tombstone]
+        names = {entry.name for entry in found}
+        return found + [Entry(name, True) for name in self._cache.dirty_folders_in(folder) if name not in names]
 
-    def is_any_in(self, folder: str) -> bool:
-        """Tell whether local files lie directly in the folder, so that it exists whatever the store says."""
-        return any(not record.is_tombstone for record in self._cache.dirty_in(folder))
+    def is_any_below(self, folder: str) -> bool:
+        """Tell whether local files lie in the folder, so that it exists whatever the store says."""
+        return self._cache.is_dirty_below(folder)
 
     def is_file(self, path: str) -> bool:
         """Tell whether a file waits at the path."""
