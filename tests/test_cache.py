@@ -18,7 +18,7 @@ import pytest
 from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.index import Index
-from ftpvfs.cache.item import Draft, Item
+from ftpvfs.cache.item import WORTH_RESUMING, Draft, Item
 from ftpvfs.cache.left import LeftCache, left_caches
 from ftpvfs.clock import Clock
 from ftpvfs.config import VFSOptions
@@ -472,6 +472,21 @@ def test_partials_are_not_kept_where_nobody_wants_them(opened: Callable[..., Cac
     interrupted(cache, b"hello")
     assert cache.partial("a", "alice") is None
     assert list((folder / "incoming").iterdir()) == []
+
+
+def test_an_upload_that_cannot_be_noted_as_resumable_goes_on(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **keywords: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    data = bytes(WORTH_RESUMING + 1)
+    draft = cache.draft("a", user="alice")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.files, "write_beside", full)
+        draft.write(0, data)
+    cache.publish(draft, mtime=1.0, base=None)
+    assert read(cache, "a") == data
 
 
 def test_what_was_not_written_in_one_go_cannot_be_gone_on_with(cache: Cache) -> None:

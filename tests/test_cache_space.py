@@ -21,6 +21,7 @@ from ftpvfs.cache.space import STEP
 from ftpvfs.config import VFSOptions
 from ftpvfs.coordination.feed import ChangeFeed
 from ftpvfs.errors import EFULL
+from tests.conftest import wait_until
 from tests.test_cache import MovingClock, clock, entry, folder, memory, opened, publish, read  # noqa: F401 - fixtures
 
 KIB, MIB = 2**10, 2**20
@@ -285,6 +286,26 @@ def test_the_disk_is_kept_free(small_disk: Path, clock: MovingClock) -> None:  #
 
 
 # --- what a crash has left
+
+
+def test_eviction_goes_on_after_a_mistake(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture  # noqa: F811
+) -> None:
+    cache = opened(cache_max_size=64 * KIB, cache_poll_interval=0.01)
+    cached(cache, "a", 200 * KIB)
+    evict = cache.space.evict
+    mistakes = [ZeroDivisionError(), ZeroDivisionError(), ZeroDivisionError()]
+
+    def mistaken() -> Any:
+        if mistakes:
+            raise mistakes.pop()
+        return evict()
+
+    monkeypatch.setattr(cache.space, "evict", mistaken)
+    cache.start()
+    wait_until(lambda: cache.record("a") is None)
+    assert "ZeroDivisionError" in caplog.text
+    caplog.clear()  # the traceback holds all that was open
 
 
 def test_what_a_crash_has_left_of_clean_files_is_swept_away(

@@ -138,13 +138,15 @@ class Cache:
         while not self._clock.wait(self._closing, interval):
             self._in_peace(self._clean.save_all)
             self._in_peace(self.evict)
-            self._index.keep_ballast()
+            self._in_peace(self._index.keep_ballast)
 
     def _in_peace(self, work: Callable[[], object]) -> None:
         try:
             work()
         except OSError as error:  # the next poll tries again
             logger.warning("The cache in %s: %s", self.folder, error)
+        except Exception:  # a mistake of ours must not end eviction
+            logger.exception("The cache in %s", self.folder)
 
     # --- looking
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from ftpvfs.errors import failure
 
 if TYPE_CHECKING:
     from ftpvfs.cache.cache import Cache
+
+logger = logging.getLogger(__name__)
 
 # An upload of so many bytes is written down as resumable while it runs, in case the process is killed.
 WORTH_RESUMING = 256 * 1024
@@ -311,7 +314,10 @@ class Draft:
     def announce(self) -> None:
         """Note whose upload this is, so that it can be resumed when the process is killed."""
         self._is_announced = True
-        self._cache.announce(self, self._synced)
+        try:
+            self._cache.announce(self, self._synced)
+        except OSError as error:  # it would have been a courtesy
+            logger.info("The upload of %r could not be resumed if the process was killed: %s", self.path, error)
 
     def finish(self) -> None:
         """Give back what was reserved and not used; called by the cache."""
