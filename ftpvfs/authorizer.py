@@ -31,7 +31,8 @@ class VFSAuthorizer(DummyAuthorizer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._dummy = ""  # a hash that no password fits, as costly as those of the users
+        # A hash that no password fits for each cost that the users' hashes have.
+        self._dummies: dict[str, str] = {}
         self._proof = secrets.token_bytes(32)
         self._lock = threading.Lock()
         # Protected by it.
@@ -40,7 +41,7 @@ class VFSAuthorizer(DummyAuthorizer):
     @property
     def lane(self) -> str | None:
         """Whose threads are to check passwords; None where that is a comparison, done at once."""
-        return "passwords" if self._dummy else None
+        return "passwords" if self._dummies else None
 
     def add_user(
         self,
@@ -81,7 +82,7 @@ class VFSAuthorizer(DummyAuthorizer):
         """Add a user or change one; of running sessions that concerns the permissions alone."""
         _check_letters(perm)
         if password_hash is not None:
-            self._dummy = _dummy_like(password_hash)
+            self._dummies.setdefault(_cost_of(password_hash), _dummy_like(password_hash))
         self.user_table[username] = {
             "pwd": password,
             "hash": password_hash,
@@ -157,19 +158,24 @@ class VFSAuthorizer(DummyAuthorizer):
             raise AuthenticationFailed("Authentication failed.")
 
     def _is_hash_of(self, known_hash: str, secret: bytes) -> bool:
-        """Tell whether the hash is the secret's, "" being nobody's; as slow for that as for a user's."""
-        if not self._dummy:
+        """Tell whether the hash is the secret's, "" being nobody's.
+
+        Who fails has had one hash made of each cost that there is, whether one of them was a user's or not.
+        """
+        if not self._dummies:
             return False
         proof = self._proof_of(known_hash, secret)
         if self._remembers(proof):
             return True
         with _hashing:
-            try:
-                argon2.PasswordHasher().verify(known_hash or self._dummy, secret)
-            except argon2.exceptions.VerificationError:
-                return False
-        self._remember(proof)
-        return True
+            if known_hash and _fits(known_hash, secret):
+                self._remember(proof)
+                return True
+            own = _cost_of(known_hash) if known_hash else None
+            for cost, dummy in list(self._dummies.items()):
+                if cost != own:
+                    _fits(dummy, secret)
+        return False
 
     def _proof_of(self, known_hash: str, secret: bytes) -> bytes:
         return hmac.digest(self._proof, known_hash.encode() + b"\0" + secret, "sha256")
@@ -190,13 +196,24 @@ def hash_password(password: str) -> str:
     return argon2.PasswordHasher().hash(password)
 
 
-def _dummy_like(password_hash: str) -> str:
-    """Return a hash that takes as long to check as this one and that no password fits. Raises ValueError."""
+def _fits(known_hash: str, secret: bytes) -> bool:
     try:
-        parameters = argon2.extract_parameters(password_hash)
+        return argon2.PasswordHasher().verify(known_hash, secret)
+    except argon2.exceptions.VerificationError:
+        return False
+
+
+def _cost_of(password_hash: str) -> str:
+    """Return the same text for all hashes that take as long to check. Raises ValueError."""
+    try:
+        return str(argon2.extract_parameters(password_hash))
     except argon2.exceptions.InvalidHash as error:
         raise ValueError("not an argon2 hash") from error
-    hasher = argon2.PasswordHasher.from_parameters(parameters)
+
+
+def _dummy_like(password_hash: str) -> str:
+    """Return a hash that takes as long to check as this one and that no password fits."""
+    hasher = argon2.PasswordHasher.from_parameters(argon2.extract_parameters(password_hash))
     return hasher.hash(secrets.token_bytes(32))
 
 

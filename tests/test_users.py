@@ -293,6 +293,30 @@ def test_a_name_that_does_not_exist_costs_as_many_hashes_as_one_that_does(monkey
     assert len(made) == 4
 
 
+def test_who_fails_costs_the_same_where_hashes_differ_in_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    verify = argon2.PasswordHasher.verify
+
+    def counting(self: Any, known: Any, secret: Any) -> bool:
+        made.append(str(argon2.extract_parameters(known)))
+        return verify(self, known, secret)
+
+    monkeypatch.setattr(argon2.PasswordHasher, "verify", counting)
+    authorizer = VFSAuthorizer()
+    dearer = argon2.PasswordHasher(time_cost=2, memory_cost=8, parallelism=1)
+    authorizer.add_user("dear", None, password_hash=dearer.hash("a"))
+    authorizer.add_user("cheap", None, password_hash=CHEAP.hash("a"))
+    authorizer.add_user("clear", "b")
+    costs = set()
+    for user in ("dear", "cheap", "clear", "none"):
+        made.clear()
+        with pytest.raises(Exception, match="Authentication failed"):
+            authorizer.validate_authentication(user, "x", None)
+        costs.add(tuple(sorted(made)))
+    assert len(costs) == 1
+    assert len(costs.pop()) == 2
+
+
 def test_a_session_of_an_embedding_program_may_have_its_own_vfs(
     make_vfs: Any, make_store: Any, ftp_server: Any
 ) -> None:
