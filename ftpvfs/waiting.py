@@ -141,15 +141,18 @@ def result_of(future: Future[T], path: str = "") -> T:
         raise
 
 
-def shared_result_of(future: Future[T], path: str = "") -> T:
-    """The same for a future that others wait for as well: cancelling the job ends the waiting alone."""
+def shared_result_of(future: Future[T], path: str = "", *, timeout: float | None = None) -> T:
+    """The same for a future that others wait for as well: cancelling the job ends the waiting alone.
+
+    Raises ETIMEDOUT for `path` after `timeout` seconds.
+    """
     job = _thread.job
-    if job is None:
+    if job is None and timeout is None:
         return future.result()
     woken = threading.Event()
     future.add_done_callback(lambda _: woken.set())
-    with job.cancelling(woken.set):
-        woken.wait()
+    with contextlib.nullcontext() if job is None else job.cancelling(woken.set):
+        in_time = woken.wait(timeout)
     if not future.done():
-        raise failure(errno.ECANCELED, path)
+        raise failure(errno.ECANCELED, path) if in_time else failure(errno.ETIMEDOUT, path)
     return future.result()

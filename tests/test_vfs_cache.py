@@ -514,6 +514,25 @@ def test_what_waits_is_renamed_and_listed_while_the_store_is_away(
     assert store.read("folder/stored") == b"new"
 
 
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_store_that_never_answers_keeps_nobody_from_handing_in_files(
+    store: Store, make: Callable[..., Any], make_proxy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ftpvfs.vfs.patience.PATIENCE", 0.2)
+    proxy = make_proxy(store)
+    vfs = make(store.proxied(proxy), "writes", timeout="1h")
+    assert vfs.listdir() == []
+    vfs.forget()
+    proxy.black_hole = True
+    for name in ("a", "folder/b", "caf\u00e9"):
+        put(vfs, name, b"handed in")
+    assert get(vfs, "a") == b"handed in"
+    assert len(vfs.queue()) == 3
+    proxy.heal()
+    vfs.sync(WAITS)
+    assert store.list() == {"a", "folder/b", "caf\u00e9"}
+
+
 def test_what_waits_is_renamed_to_another_case_of_its_name(
     local_store: Store, make: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:

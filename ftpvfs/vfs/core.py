@@ -28,6 +28,7 @@ from ftpvfs.coordination.locks import PathLocks, ThreadLocks
 from ftpvfs.errors import AWAY, failure
 from ftpvfs.memory import MemoryBudget
 from ftpvfs.vfs.dircache import DirCache
+from ftpvfs.vfs.patience import Patience
 from ftpvfs.vfs.pending import Pending, local_entry
 from ftpvfs.vfs.times import Times
 from ftpvfs.waiting import Wait, about_to_wait
@@ -74,6 +75,7 @@ class Core:
             clock=clock,
             feed=self.feed,
         )
+        self.patience = Patience()
         self.count: Counter[str] = Counter()
         self.marks_folders = self.backend.capability.real_directories or options.dir_markers
         self.keeps_folders = not self.marks_folders

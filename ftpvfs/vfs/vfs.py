@@ -31,7 +31,7 @@ from ftpvfs.vfs.opening import Opening, Request
 from ftpvfs.vfs.openmode import CacheMode, HandleKind, flags_of, handle_kind, writes
 from ftpvfs.vfs.pending import is_local
 from ftpvfs.vfs.tree import Surroundings, TreeMove
-from ftpvfs.waiting import Wait, about_to_wait
+from ftpvfs.waiting import Wait, WouldWait, about_to_wait, without_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -320,9 +320,8 @@ class VFS:
         Neither the store nor the disk is asked to write before the first byte. `user` is whose upload this is, should
         it be interrupted; `partial` goes on with such a one.
         """
-        path = self._real(path)
         flags = flags_of(mode)
-        entry, is_known = self._before_open(path, flags) if partial is None else (self._existing(path), True)
+        path, entry, is_known = self._before_open(path, flags, partial)
         is_made = entry is None and bool(flags & os.O_CREAT)
         is_written = is_made or (writes(flags) and flags & os.O_ACCMODE != os.O_RDONLY)
         if entry is not None and entry.is_dir:
@@ -333,8 +332,7 @@ class VFS:
             self._mode, flags, path, exists=entry is not None or partial is not None, is_dirty=self._is_dirty(path)
         )
         if entry is None:
-            self._check_parent(path, is_known=is_known)
-            self._check_name(path)
+            self._check_new(path, is_known=is_known)
         self.core.count["writes" if is_written else "reads"] += 1
         request = Request(path, name or path, flags, entry, is_known, user, autocommit, partial)
         return self._opened(kind, request)
@@ -349,15 +347,32 @@ class VFS:
             return opening.cached_read(request)
         return opening.cached_write(request)
 
-    def _before_open(self, path: str, flags: int) -> tuple[Entry | None, bool]:
-        """Return what is at the path and whether that is known: nobody needs the store to hand in a whole new file."""
+    def _before_open(
+        self, path: str, flags: int, partial: PartialRecord | None
+    ) -> tuple[str, Entry | None, bool]:
+        """Return the path as it is spelled, what is there, and whether that is known."""
+        is_whole = bool(flags & os.O_CREAT and flags & os.O_TRUNC) and partial is None
+        if not is_whole or self._mode < CacheMode.WRITES or self.options.ack == "store":
+            path = self._real(path)
+            return path, self._existing(path), True
+        return self._before_replacing(paths.clean(path))
+
+    def _before_replacing(self, path: str) -> tuple[str, Entry | None, bool]:
+        """The same for who hands in a whole new file: nobody needs the store for that, nor should wait long for it."""
+        core = self.core
         try:
-            return self._existing(path), True
+            try:
+                path = without_waiting(lambda: core.dirs.real_name(path))
+            except WouldWait:
+                path = core.patience.ask(lambda: core.dirs.real_name(path), path)
+            if core.dirs.knows(path) or core.backend.capability.answers_at_once:
+                return path, self._existing(path), True
+            return path, core.patience.ask(lambda: self._existing(path), path), True
         except OSError as error:
-            is_new = bool(flags & os.O_CREAT and flags & os.O_TRUNC)
-            if self._mode < CacheMode.WRITES or self.options.ack == "store" or not is_new or error.errno not in AWAY:
+            if error.errno not in AWAY:
                 raise
-            return None, False
+            logger.info("what is at %r by now is not known: %s", path, error)
+            return path, None, False
 
     def _is_dirty(self, path: str) -> bool:
         pending = self.core.pending
@@ -684,6 +699,13 @@ class VFS:
         except OSError as error:
             if error.errno not in AWAY:
                 raise
+
+    def _check_new(self, path: str, *, is_known: bool) -> None:
+        """Raise why no file can be made at the path, as far as that can be told without a store that is away."""
+        if is_known or self.core.dirs.knows(paths.split(path)[0]):
+            self._check_parent(path, is_known=is_known)
+        if is_known:
+            self._check_name(path)
 
     def _check_parent(self, path: str, *, is_known: bool = True) -> None:
         """Raise what is wrong with the folder that is to hold the path; not `is_known`: unless the store is away."""
