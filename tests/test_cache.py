@@ -305,6 +305,16 @@ def test_an_upload_that_was_overtaken_is_the_base_of_what_overtook_it(cache: Cac
     assert (second.base, second.base_known, second.attempted) == ("v7", True, True)
 
 
+def test_where_versions_have_no_names_what_overtook_an_upload_knows_nothing_of_its_base(cache: Cache) -> None:
+    first = publish(cache, "a", b"first")
+    assert cache.begin(first)
+    publish(cache, "a", b"second")
+    assert not cache.uploaded(first, entry("a", b"first", None))
+    record = cache.dirty("a")
+    assert record is not None
+    assert (record.base, record.base_known) == (None, False)
+
+
 def test_a_delete_during_an_upload_deletes_what_the_upload_makes(cache: Cache) -> None:
     record = publish(cache, "a", b"one")
     assert cache.begin(record)

@@ -77,10 +77,12 @@ class Rig:
         )  # fmt: skip
         self.is_open = True
 
-    def publish(self, path: str, data: bytes, *, mtime: float = 1.5, base: str | None = None) -> DirtyRecord:
+    def publish(
+        self, path: str, data: bytes, *, mtime: float = 1.5, base: str | None = None, base_known: bool = True
+    ) -> DirtyRecord:
         draft = self.cache.draft(path, user="alice")
         draft.write(0, data)
-        record = self.cache.publish(draft, mtime=mtime, base=base)
+        record = self.cache.publish(draft, mtime=mtime, base=base, base_known=base_known)
         self.writeback.received(record)
         return record
 
@@ -466,6 +468,28 @@ def test_a_delete_after_a_lost_answer_is_looked_at_once_more(
 
     rig.settle(SETTLED_AFTER + REST)
     assert s3_store.list() == set()
+
+
+@pytest.mark.parametrize("policy", ["overwrite", "keep-both"])
+@pytest.mark.parametrize("comes", [True, False], ids=["late", "never"])
+def test_an_upload_whose_answer_was_lost_does_not_replace_in_the_end_what_came_after_it(
+    make_rig: Callable[..., Rig], s3_store: Store, monkeypatch: pytest.MonkeyPatch, policy: str, comes: bool
+) -> None:
+    """Not even where nobody knew what it was to replace, so that it was sent without a condition."""
+    rig = make_rig(s3_store, write_back=1.0, conflict=policy, tuning={"low_level_retries": 1})
+    lose_answer(monkeypatch, s3.S3Backend, "put_object")
+    rig.publish("a", b"first", base_known=False)
+    rig.advance(1)
+    wait_until(lambda: rig.row("a")["tries"] == 1)
+    rig.publish("a", b"second", mtime=2.5)
+    rig.advance(1)
+    wait_until(lambda: s3_store.read("a") == b"second")
+    wait_until(lambda: rig.row("a")["due"] > rig.clock.now)
+    if comes:
+        rig.stored("a", b"first", mtime=1.5)
+    rig.settle(SETTLED_AFTER)
+    assert s3_store.read("a") == b"second"
+    assert s3_store.list() == {"a"}
 
 
 # -- conflicts

@@ -501,7 +501,8 @@ class Cache:
 
     def uploaded(self, record: DirtyRecord, entry: Entry) -> bool:
         """The store has the file, as `entry`: it is clean now. False where a newer record has taken its place."""
-        if not self._at_any_rate(lambda: self._dirty.end(record, entry.fingerprint)):
+        is_known = entry.fingerprint is not None
+        if not self._at_any_rate(lambda: self._dirty.end(record, entry.fingerprint, base_known=is_known)):
             return False
         if self._keeps_clean:
             try:

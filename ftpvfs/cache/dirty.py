@@ -301,9 +301,10 @@ class DirtyFiles:
 
         return self._journal.change(decide)
 
-    def end(self, record: DirtyRecord, base: str | None) -> bool:
+    def end(self, record: DirtyRecord, base: str | None, *, base_known: bool = True) -> bool:
         """Note that the store has what the record wants, as `base`; False where a newer record wants something else.
 
+        `base_known` False: nobody can tell which version that is.
         The files of the record are left to the caller.
         """
 
@@ -315,7 +316,7 @@ class DirtyFiles:
                 changes.drop(record.path)
                 return True
             if old is not None:
-                changes.put(dataclasses.replace(old, base=base, base_known=True))
+                changes.put(dataclasses.replace(old, base=base, base_known=base_known))
             return False
 
         return self._journal.change(decide)

@@ -1,8 +1,10 @@
 """What is done at the store for one dirty path: upload or delete, and what follows when somebody else was there.
 
 One writer of a path at a time in all processes: the path is held from the first request to the last answer. A request
-whose answer did not come may still be carried out later. Uploads are conditional, so that a late one does not replace
-what came after it; a deletion is looked at once more before it counts.
+whose answer did not come may still be carried out later. Where it is known which version an upload replaces it is
+conditional, so that a late one does not replace what came after it. Where it is not, and for deletions, that is no
+help: what is done while such a request may still be carried out is looked at once more before it counts. (On an object
+store that knows no conditions the backend looks before it sends: there a late upload may still win.)
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class Outcome(enum.Enum):
     LEFT = "the store keeps what somebody else has put there"
     BESIDE = "the file is stored beside what somebody else has put there"
     SUPERSEDED = "there is something newer to be done"
-    SETTLING = "the object is deleted, and looked at once more when a late request cannot bring it back"
+    SETTLING = "it is done, and looked at once more when a late request cannot undo it any more"
 
 
 class File(Protocol):
@@ -168,15 +170,21 @@ class Storing:
         self._lock = threading.Lock()
         # Protected by _lock. When a request last ended without an answer, by path.
         self._doubtful: dict[str, float] = {}
+        # Paths of which an upload was sent that replaces whatever is there.
+        self._unconditional: set[str] = set()
+        # What was stored while such a request may still come: the generation of the record, and what the store has.
+        self._unsettled: dict[str, tuple[int, Entry]] = {}
         # Versions that may have got to the store although nobody said so, by path.
         self._sent: dict[str, list[Version]] = {}
         # Fingerprints of what the store last got from here, by path; None where that was a deletion.
         self._left: dict[str, str | None] = {}
 
-    def doubt(self, path: str) -> None:
+    def doubt(self, path: str, *, is_conditional: bool = True) -> None:
         """Reckon with a request that is under way still: of a process that was killed, or whose answer is lost."""
         with self._lock:
             self._doubtful[path] = self._clock.monotonic()
+            if not is_conditional:
+                self._unconditional.add(path)
 
     def bring(self, turn: Turn) -> Outcome:
         """Do what is to be done at the path. Raises what the store says; nothing is under way any more on return."""
@@ -207,9 +215,22 @@ class Storing:
                 raise failure(errno.EIO, record.path, "Its bytes are gone from the cache folder") from error
             return Outcome.SUPERSEDED
         try:
-            return self._send(record, item.descriptor, turn)
+            return self._settled(record) or self._send(record, item.descriptor, turn)
         finally:
             item.release()
+
+    def _settled(self, record: DirtyRecord) -> Outcome | None:
+        """Look at what was stored once more; None where it was replaced by a late request, and is to be sent again."""
+        with self._lock:
+            generation, entry = self._unsettled.pop(record.path, (None, None))
+        if entry is None or generation != record.generation:
+            return None
+        found = self._found(record.path)
+        is_there = found is not None and (found.size, found.fingerprint) == (entry.size, entry.fingerprint)
+        if not is_there and (self._policy == "overwrite" or self._is_ours(record.path, found)):
+            logger.warning("%r was replaced by an upload whose answer was lost, and is stored again", record.path)
+            return None
+        return self._is_stored(record, entry)
 
     def _send(self, record: DirtyRecord, descriptor: int, turn: Turn) -> Outcome:
         replaces = _condition(record)
@@ -225,6 +246,9 @@ class Storing:
 
     def _put(self, record: DirtyRecord, descriptor: int, turn: Turn, replaces: Condition) -> Entry:
         self._note_sent(record, descriptor)
+        if replaces is ANY:
+            with self._lock:
+                self._unconditional.add(record.path)
         try:
             return self._put_at(record.path, record, descriptor, turn, replaces)
         except FileNotFoundError:
@@ -254,6 +278,10 @@ class Storing:
         return found is not None and found.is_dir
 
     def _is_stored(self, record: DirtyRecord, entry: Entry) -> Outcome:
+        if record.path in self._unconditional and self._may_come_back(record.path):
+            with self._lock:
+                self._unsettled[record.path] = (record.generation, entry)
+            return Outcome.SETTLING
         entry = self._timed(record.path, entry, record.mtime)
         self._stored(record, record.path, entry)
         self._changed(record.path, entry)  # so that nobody who is just listing sees neither the record nor the object
@@ -380,6 +408,8 @@ class Storing:
         with self._lock:
             self._sent.pop(path, None)
             self._doubtful.pop(path, None)
+            self._unsettled.pop(path, None)
+            self._unconditional.discard(path)
         if self._policy != "overwrite":
             self._log().forget_sent(path)
 
@@ -436,7 +466,7 @@ class Storing:
         return Outcome.LEFT
 
     def _may_come_back(self, path: str) -> bool:
-        """Tell whether a request that was sent before may still bring the object back."""
+        """Tell whether a request that was sent before may still bring back what it was to bring."""
         with self._lock:
             since = self._doubtful.get(path)
         return since is not None and self._clock.monotonic() - since < SETTLED_AFTER

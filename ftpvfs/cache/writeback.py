@@ -258,7 +258,7 @@ class WriteBack:
     def _lead(self) -> None:
         for record in self._cache.all_dirty():
             if record.attempted:  # by a process that may have been killed in the middle of it
-                self._storing.doubt(record.path)
+                self._storing.doubt(record.path, is_conditional=record.base_known)
         while not self._is_ending.is_set() and self._leader.try_acquire():
             began = time.monotonic()
             pause = self._look()
