@@ -259,6 +259,15 @@ def test_a_store_that_hangs_delays_neither_start_nor_end_for_long(launched):
     assert "hunter2" not in server.log()
 
 
+def test_an_sftp_server_that_is_silent_or_not_there_delays_neither_the_start_nor_the_stop(launched):
+    with socket.create_server((HOST, 0)) as silent:
+        [nobody] = free_ports(1)
+        for port in (silent.getsockname()[1], nobody):
+            server = launched(f"sftp://user@{HOST}:{port}/folder", "--workers", "2")
+            assert "sftp://" in server.line
+            assert server.stop() == 0
+
+
 # --- the log
 
 

@@ -482,15 +482,19 @@ _CLASSES = {
 }
 
 
-def filesystem(url: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
-    """Return a fresh, uncached fsspec filesystem for the URL and the URL's path inside it."""
-    protocol = protocol_of(url)
+def filesystem_class(protocol: str) -> Any:
+    """Return fsspec's class for a protocol. Raises ImportError naming the missing package, or ValueError."""
     try:
-        cls = fsspec.get_filesystem_class(protocol)
+        return fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         raise _missing_package(protocol, error) from error
     except ValueError as error:
         raise ValueError(f"{protocol}:// is no protocol that fsspec knows: {error}") from error
+
+
+def filesystem(url: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return a fresh, uncached fsspec filesystem for the URL and the URL's path inside it."""
+    cls = filesystem_class(protocol_of(url))
     if "::" in url:
         fs, path = fsspec.core.url_to_fs(url, **storage_options)
     else:

@@ -15,6 +15,7 @@ import logging
 import secrets
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -34,6 +35,7 @@ from ftpvfs.backend.backend import (
     Tuning,
     Upload,
     filesystem,
+    filesystem_class,
     protocol_of,
     read_exactly,
 )
@@ -57,7 +59,7 @@ class GenericBackend(Backend):
 
     @classmethod
     def from_url(cls, url: str, storage_options: dict[str, Any], tuning: Tuning) -> Backend:
-        """Make the filesystem; some connect to their store already here, and say what is wrong."""
+        """Make the backend; what is known without another machine's answer is told here."""
         return cls(url, storage_options, tuning)
 
     def __init__(self, url: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
@@ -66,16 +68,46 @@ class GenericBackend(Backend):
         options = {**_time_limits(self._protocol, tuning), **storage_options}
         self._make = functools.partial(filesystem, url, options)
         self._reconnecting = threading.Lock()
-        try:
-            self.fs, root = self._make()
-        except (ImportError, ValueError):
-            raise
-        except Exception as error:
-            raise self.translated(error, self.display) from error
+        # None until it is used where making it means to connect. Protected by _reconnecting, as is the last failure of
+        # that and when it was.
+        self._fs: Any = None
+        self._failure: tuple[float, Exception] | None = None
+        self._class = filesystem_class(self._protocol)
+        if self._protocol in ONE_CONNECTION:
+            root = self._class._strip_protocol(url)
+        else:
+            self._fs, root = self._made_now()
         self.root = root.rstrip("/")
         self.capability = GENERIC.get(self._protocol, OBJECT_STORE)
         self._ignores_ranges = self._protocol in IGNORE_RANGES
         self._threads = ThreadPoolExecutor(tuning.checkers, thread_name_prefix="ftpvfs-store")
+
+    def _made_now(self) -> tuple[Any, str]:
+        try:
+            return self._make()
+        except (ImportError, ValueError):
+            raise
+        except Exception as error:
+            raise self.translated(error, self.display) from error
+
+    @property
+    def fs(self) -> Any:
+        """The filesystem, for which one of them connects when it is first used: not on an event loop."""
+        return self._fs if self._fs is not None else self._connected()
+
+    def _connected(self) -> Any:
+        """Connect, once for all threads that need it now; all of them fail with one."""
+        began = time.monotonic()
+        with self._reconnecting:
+            if self._fs is None:
+                if self._failure is not None and self._failure[0] > began:
+                    raise self._failure[1]
+                try:
+                    self._fs, _ = self._make()
+                except Exception as error:
+                    self._failure = time.monotonic(), error
+                    raise
+            return self._fs
 
     def run(self, path: str, operation: Callable[[], Any]) -> Any:
         """Run a blocking request with retries, over a new connection where the one that there was is lost."""
@@ -94,8 +126,8 @@ class GenericBackend(Backend):
     def _reconnect(self, lost: Any) -> None:
         """Make the filesystem anew, once for all threads that lost the same connection."""
         with self._reconnecting:
-            if self.fs is lost:
-                self.fs, _ = self._make()
+            if self._fs is lost:
+                self._fs, _ = self._make()
 
     def _change(self, path: str, operation: Callable[[], Any]) -> Any:
         """Run a request that changes the store, where the store has such: fsspec's own default is to do nothing."""
@@ -106,9 +138,9 @@ class GenericBackend(Backend):
     def key(self, path: str) -> str:
         """Return the filesystem's name of the path; its root keeps whatever form it has there."""
         if not path:
-            return self.root or str(self.fs.root_marker)
+            return self.root or str(self._class.root_marker)
         # Names in an archive have no leading slash, and one asked for with it lists something else.
-        return f"{self.root}/{path}" if self.root or self.fs.root_marker else path
+        return f"{self.root}/{path}" if self.root or self._class.root_marker else path
 
     def check(self) -> None:
         try:
@@ -247,7 +279,7 @@ class GenericBackend(Backend):
 
     def rmdir(self, path: str) -> None:
         # sshfs has the coroutine alone, and fsspec's own `rmdir` then does nothing, silently.
-        if hasattr(self.fs, "_rmdir"):
+        if hasattr(self._class, "_rmdir"):
             self._change(path, lambda: sync(self.fs.loop, self.fs._rmdir, self.key(path)))
         else:
             self._change(path, lambda: self.fs.rmdir(self.key(path)))
@@ -269,7 +301,8 @@ class GenericBackend(Backend):
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        _release(self.fs)
+        if self._fs is not None:
+            _release(self._fs)
 
 
 class SpooledUpload(Upload):
