@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -103,3 +104,16 @@ def test_a_log_file_that_is_moved_away_is_begun_anew(launched: Any, tmp_path: Pa
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     assert any("of-something" in entry["msg"] for entry in entries)
     assert entries[-1]["msg"] == "stopped by a signal"
+
+
+def test_no_password_is_logged_whatever_stands_before_it(launched: Any, tmp_path: Path) -> None:
+    server = launched(str(tmp_path), "-vv", "--workers", "1")
+    lines = (b"PASS hunter2", b" PASS hunter2", b"\xff\xf4PASS hunter2", b"pass\thunter2", b"x  xPass hunter2 hunter2")
+    with socket.create_connection(server.address, timeout=30) as client:
+        client.sendall(b"".join(line + b"\r\n" for line in lines) + b"NOOP the-end\r\nQUIT\r\n")
+        while client.recv(10_000):
+            pass
+    assert server.stop() == 0
+    assert "the-end" in server.log()
+    assert server.log().count("******") == len(lines)
+    assert "hunter2" not in server.log()

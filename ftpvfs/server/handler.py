@@ -50,6 +50,9 @@ TRANSFERS = {"RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"}
 LS_OPTIONS = re.compile(r"-[aAlLFRrStdhn1]+(?: |$)")
 # `MDTM 20240102030405 name`, by which old clients set a time; some write fractions of seconds, in MFMT as well.
 TIME_AND_NAME = re.compile(r"(\d{14})(?:\.\d+)? +(\S.*)")
+# What follows a word that ends in PASS in a client's line: pyftpdlib masks an exact PASS alone, and not one behind a
+# space or Telnet's signals.
+PASSWORD = re.compile(r"(<- (?:.*?\s)??\S*PASS)\s.*", re.IGNORECASE | re.DOTALL)
 # pyftpdlib makes a line for the log before it asks whether anybody wants to have it.
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 # How often another passive port is looked for when a session was faster with the one that was found.
@@ -121,9 +124,9 @@ class VFSHandler(Limited, PublicAddress, Login):
             super().log(_loggable(msg), logfun)
 
     def logline(self, msg: str, logfun: Any = session_logger.debug) -> None:
-        """Log a command or reply."""
+        """Log a command or reply; no password, be it in a command that is none."""
         if self._log_debug:
-            super().logline(_loggable(msg), logfun)
+            super().logline(_loggable(PASSWORD.sub(r"\1 ******", msg)), logfun)
 
     # --- commands
 
