@@ -432,6 +432,21 @@ def test_no_space_is_answered_with_552(local_store: Store, launched: Callable[..
         assert_in_step(ftp, local_store)
 
 
+def test_what_came_of_a_broken_upload_goes_with_the_file_that_is_renamed_at_once(
+    local_store: Store, make_vfs: Any, ftp_server: Serve, tmp_path: Path
+) -> None:
+    local_store.write("log", b"old lines")
+    vfs = make_vfs(local_store, cache_mode="writes", cache_dir=str(tmp_path / "cache"))
+    with connect(ftp_server(vfs)) as ftp:
+        broken = open_transfer(ftp, "STOR log")
+        broken.sendall(b"half of")
+        reset(broken)
+        assert last_reply(ftp).startswith("426 ")
+        ftp.rename("log", "log.1")
+        assert upload(ftp, "log", b"fresh", verb="APPE").startswith("226 ")
+        assert download(ftp, "log") == b"fresh"
+
+
 def test_a_cache_without_room_for_an_upload_is_answered_with_452_and_takes_the_next_one(
     local_store: Store, make_vfs: Any, ftp_server: Serve, tmp_path: Path
 ) -> None:

@@ -61,7 +61,8 @@ PORT_TRIES = 20
 # data connection. So a file that is deleted behind its upload is gone.
 BEFORE_THE_OUTCOME = {"NOOP", "STAT", "QUIT", "PWD", "XPWD", "FEAT", "SYST", "HELP"}
 # What asks for a file waits until a broken upload is put away, so that a client learns where to go on with it.
-AFTER_GIVING_UP = {"SIZE", "MLST", "STOR", "APPE", "DELE"}
+# So does what gives the file's name to another one, or takes it away: what came of the upload goes with it.
+AFTER_GIVING_UP = {"SIZE", "MLST", "STOR", "APPE", "DELE", "RNFR", "RNTO", "RMD"}
 
 
 def reply_code(error: OSError) -> int:

@@ -105,7 +105,9 @@ class VFS:
     def is_served_by_parent(self) -> bool:
         """Whether nothing waits in a cache, or the process that this one was forked from sees to it."""
         others = [process.core for pid, process in self._processes.items() if pid != os.getpid()]
-        return self._mode is CacheMode.OFF or any(core is not None for core in others)
+        if any(core is not None for core in others):
+            return True
+        return self._mode is CacheMode.OFF and self.core.parts is None
 
     def _process(self) -> _Process:
         pid = os.getpid()
