@@ -11,9 +11,12 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ftpvfs.authorizer import ALL, READ, VFSAuthorizer
+from ftpvfs.backend.backend import display_url, protocol_of, root_of
+from ftpvfs.cache.index import cache_name
 from ftpvfs.config import Config, ConfigError, Listener, User
 from ftpvfs.filesystem import VFSFilesystem
 from ftpvfs.server import auth_proxy
@@ -133,26 +136,54 @@ class _Stores:
     def __init__(self, config: Config) -> None:
         self._options = config.vfs
         self._found: dict[str, VFS] = {}
-        self._names: dict[str, str] = {}
+        self._places: list[_Place] = []
 
     @property
     def all(self) -> list[VFS]:
         return list(self._found.values())
 
-    def store(self, url: str, storage_options: Mapping[str, Any], cache_name: str | None) -> VFS:
+    def store(self, url: str, storage_options: Mapping[str, Any], name: str | None) -> VFS:
         """Return the VFS of a backend. Raises ConfigError for a second backend whose cache would be that of another."""
         backend = json.dumps([url, storage_options], sort_keys=True)
         vfs = self._found.get(backend)
         if vfs is None:
-            vfs = VFS(url, storage_options=storage_options, options=self._named(cache_name))
-            cache = cache_name or vfs.name
-            if self._names.setdefault(cache, backend) != backend:
-                raise ConfigError(f"{vfs.name} with other options is another user's, too; give it a cache_name")
-            self._found[backend] = vfs
+            vfs = self._found[backend] = self._new(url, storage_options, name)
         return vfs
 
-    def _named(self, cache_name: str | None) -> Any:
-        return dataclasses.replace(self._options, name=cache_name)
+    def _new(self, url: str, storage_options: Mapping[str, Any], name: str | None) -> VFS:
+        mine = _Place(url, storage_options, name)
+        for other in self._places:
+            if other.folder == mine.folder and not other.is_same_store(mine):
+                raise ConfigError(
+                    f"{display_url(url)} has the cache folder {mine.folder} of another user's {display_url(other.url)}"
+                    " with other options; give it a cache_name"
+                )
+        self._places.append(mine)
+        return VFS(url, storage_options=storage_options, options=self._named(name))
+
+    def _named(self, name: str | None) -> Any:
+        return dataclasses.replace(self._options, name=name)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A store and its cache folder."""
+
+    url: str
+    storage_options: Mapping[str, Any]
+    name: str | None
+
+    @property
+    def folder(self) -> str:
+        """The folder's name. ConfigError where the URL's store cannot be had here."""
+        try:
+            return self.name or cache_name([protocol_of(self.url), root_of(self.url)])
+        except (ImportError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+
+    def is_same_store(self, other: _Place) -> bool:
+        """Tell whether the URLs differ in how they are written, at most."""
+        return (self.url.rstrip("/"), self.storage_options) == (other.url.rstrip("/"), other.storage_options)
 
 
 def allowed(config: Config, permissions: str) -> str:

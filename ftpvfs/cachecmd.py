@@ -23,6 +23,7 @@ from ftpvfs.backend.backend import Backend, Entry, Tuning, open_backend, protoco
 from ftpvfs.backend.checksum import Checksum
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.database import DATABASE
+from ftpvfs.cache.identity import Identity, claim
 from ftpvfs.cache.index import Index, cache_name
 from ftpvfs.cache.left import left_caches
 from ftpvfs.cache.records import DirtyRecord, ItemRecord, PartialRecord
@@ -61,6 +62,8 @@ class Place:
             if not (folder / DATABASE).exists():
                 yield None
                 return
+            identity = Identity.of(self.url, self.storage_options, backend.root)
+            cleanup.callback(claim(folder, identity).close)
             index = Index(folder)
             cleanup.callback(index.close)
             feed = ChangeFeed(folder)

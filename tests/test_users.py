@@ -207,8 +207,13 @@ def test_there_is_one_store_for_each_distinct_backend(tmp_path: Path) -> None:
 def test_two_backends_never_share_a_cache(tmp_path: Path) -> None:
     section = "[user:{0}]\npassword = x\nurl = s3://b\noption.key = {0}\n"
     text = section.format("a") + section.format("b")
-    with pytest.raises(ConfigError, match=r"\[user:b\]: s3://b with other options .* cache_name"):
+    with pytest.raises(ConfigError, match=r"\[user:b\]: s3://b has the cache folder s3-b of .* cache_name"):
         assemble(tmp_path, text)
+    for other in ("url = s3://b/\noption.key = c", "url = s3://other\ncache_name = s3-b"):
+        with pytest.raises(ConfigError, match=r"\[user:c\]: .* cache folder s3-b of another user's s3://b"):
+            assemble(tmp_path, section.format("a") + f"[user:c]\npassword = x\n{other}\n")
+    same = "[user:a]\npassword = x\nurl = /srv/a\n[user:b]\npassword = x\nurl = /srv/a/\n"
+    assert len(assemble(tmp_path, same).vfses) == 2, "one store, however it is written"
     assert len(assemble(tmp_path, text + "cache_name = second\n").vfses) == 2
 
 

@@ -435,6 +435,21 @@ def open_backend(url: str, storage_options: Mapping[str, Any] | None = None, tun
     return cls.from_url(url, dict(storage_options or {}), tuning or Tuning())  # type: ignore[attr-defined, no-any-return]
 
 
+def root_of(url: str) -> str:
+    """Return the root that the URL's backend will have; of an archive in another store it is the URL itself.
+
+    Nothing is opened. ImportError naming the package that the protocol needs, ValueError for an unknown protocol.
+    """
+    protocol = protocol_of(url)
+    if "::" in url:
+        return url
+    try:
+        root: str = fsspec.get_filesystem_class(protocol)._strip_protocol(url)
+    except ImportError as error:
+        raise _missing_package(protocol, error) from error
+    return os.path.realpath(root) if protocol in {"file", "local"} else root.rstrip("/")
+
+
 def preload(url: str) -> None:
     """Import what a URL's backend needs. Raises ImportError naming the package that is missing."""
     _backend_class(protocol_of(url))

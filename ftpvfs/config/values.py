@@ -284,8 +284,9 @@ def format_bandwidth(rate: tuple[int | None, int | None]) -> str:
 
 
 def parse_name(text: str) -> str:
-    if not re.fullmatch(r"[^/\x00-\x1f]+", text) or text in (".", ".."):
-        raise ValueError("is no name for a cache; write a word without a slash, such as photos")
+    # What begins with @ in the cache folder is no store's.
+    if not re.fullmatch(r"[^/@\x00-\x1f][^/\x00-\x1f]*", text) or text in (".", ".."):
+        raise ValueError("is no name for a cache; write a word without a slash and no @ before it, such as photos")
     return text
 
 

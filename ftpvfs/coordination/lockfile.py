@@ -41,6 +41,10 @@ class LockFile:
             return False
         return True
 
+    def share(self) -> None:
+        """Lock the file together with others who share it; wait while somebody has it alone."""
+        fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+
     def unlock(self) -> None:
         """Unlock, for all copies of the descriptor, those in a child that is just being forked among them."""
         if self.descriptor >= 0:

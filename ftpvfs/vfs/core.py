@@ -17,6 +17,7 @@ from ftpvfs.backend.backend import Backend, Entry, Tuning, open_backend, protoco
 from ftpvfs.backend.chunks import ChunkPolicy
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.downloader import Downloads
+from ftpvfs.cache.identity import Identity, claim
 from ftpvfs.cache.index import Index, cache_name
 from ftpvfs.cache.left import has_left
 from ftpvfs.cache.writeback import WriteBack
@@ -24,6 +25,7 @@ from ftpvfs.clock import Clock
 from ftpvfs.config import VFSOptions
 from ftpvfs.coordination.feed import ChangeFeed
 from ftpvfs.coordination.folders import private_folder, unusable
+from ftpvfs.coordination.lockfile import LockFile
 from ftpvfs.coordination.locks import PathLocks, ThreadLocks
 from ftpvfs.errors import AWAY, failure
 from ftpvfs.memory import MemoryBudget
@@ -62,7 +64,11 @@ class Core:
             streams=options.read_chunk_streams,
         )
         self.folder = Path(options.cache_dir) / (options.name or cache_name([protocol_of(url), self.backend.root]))
-        self._meet_others()
+        try:
+            self._meet_others(Identity.of(url, storage_options, self.backend.root))
+        except OSError:
+            self.backend.close()
+            raise
         self.dirs = DirCache(
             self._list,
             self._stat,
@@ -106,8 +112,12 @@ class Core:
         )
         return open_backend(url, storage_options, tuning)
 
-    def _meet_others(self) -> None:
-        """Find the processes that have the same store open: a feed of changes, and locks of paths."""
+    def _meet_others(self, identity: Identity) -> None:
+        """Find the processes that have the same store open: a feed of changes, and locks of paths.
+
+        Raises EBUSY where the cache folder is another store's.
+        """
+        self._claim: LockFile | None = None
         self.feed: ChangeFeed | None = None
         # Why this process cannot tell others of its changes; None where it can, or where nobody else sees the store.
         self.alone: OSError | None = None
@@ -116,11 +126,19 @@ class Core:
             return
         try:
             private_folder(self.folder)
+        except OSError as error:
+            self._be_alone(error)
+            return
+        self._claim = claim(self.folder, identity)
+        try:
             self._locks = PathLocks(self.folder)
             self.feed = ChangeFeed(self.folder)
         except OSError as error:
-            self.alone = unusable(self.folder, error)
-            logger.info("What other processes change is seen late: %s", self.alone)
+            self._be_alone(error)
+
+    def _be_alone(self, error: OSError) -> None:
+        self.alone = unusable(self.folder, error)
+        logger.info("What other processes change is seen late: %s", self.alone)
 
     def _open_cache(self) -> CacheParts:
         """Open the disk cache: what is dirty is shown, and on its way to the store, from here on."""
@@ -204,6 +222,8 @@ class Core:
         if self.feed is not None:
             self.feed.close()
         self._locks.close()
+        if self._claim is not None:
+            self._claim.close()
 
     def background(self, name: str, work: Callable[[], object]) -> None:
         """Run `work` in a thread that ends by itself soon after `close`."""
