@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ftpvfs.cache.identity import Identity, claim
 from ftpvfs.cache.index import Index, cache_name
 from ftpvfs.cache.left import left_caches
 from ftpvfs.cache.records import DirtyRecord, ItemRecord, PartialRecord
+from ftpvfs.cache.view import View
 from ftpvfs.cache.writeback import WriteBack
 from ftpvfs.clock import SYSTEM_CLOCK
 from ftpvfs.config import Config, VFSOptions
@@ -34,6 +35,7 @@ from ftpvfs.coordination.feed import ChangeFeed
 from ftpvfs.coordination.locks import PathLocks
 from ftpvfs.errors import failure, reason_of
 from ftpvfs.memory import MemoryBudget
+from ftpvfs.vfs.times import Times
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +54,23 @@ class Place:
     options: VFSOptions
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[tuple[Backend, Cache, Path] | None]:
-        """Open the cache; None where there is none."""
-        backend = open_backend(self.url, self.storage_options, _tuning(self.options))
-        name = self.name or cache_name([protocol_of(self.url), backend.root])
-        folder = Path(self.options.cache_dir) / name
-        with contextlib.ExitStack() as cleanup:
-            cleanup.callback(backend.close)
-            if not (folder / DATABASE).exists():
+    def looked_at(self) -> Iterator[tuple[Backend, View, Path] | None]:
+        """Open the records of the cache and change nothing; None where there is none."""
+        with self._found() as (backend, folder):
+            if folder is None:
+                yield None
+                return
+            with contextlib.closing(View(folder)) as view:
+                yield backend, view, folder
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[Backend, Cache, Index, Path] | None]:
+        """Open the cache, as at a start; None where there is none.
+
+        What is in it stays in it, whichever mode the server that it belongs to has: that makes use of it, or evicts it.
+        """
+        with self._found() as (backend, folder), contextlib.ExitStack() as cleanup:
+            if folder is None:
                 yield None
                 return
             identity = Identity.of(self.url, self.storage_options, backend.root)
@@ -68,9 +79,17 @@ class Place:
             cleanup.callback(index.close)
             feed = ChangeFeed(folder)
             cleanup.callback(feed.close)
-            cache = Cache(folder, index, self.options, feed=feed)
+            cache = Cache(folder, index, replace(self.options, cache_mode="full"), feed=feed)
             cleanup.callback(cache.close)
-            yield backend, cache, folder
+            yield backend, cache, index, folder
+
+    @contextlib.contextmanager
+    def _found(self) -> Iterator[tuple[Backend, Path | None]]:
+        backend = open_backend(self.url, self.storage_options, _tuning(self.options))
+        name = self.name or cache_name([protocol_of(self.url), backend.root])
+        folder = Path(self.options.cache_dir) / name
+        with contextlib.closing(backend):
+            yield backend, folder if (folder / DATABASE).exists() else None
 
 
 def run(config: Config) -> int:
@@ -107,11 +126,11 @@ def _tuning(options: VFSOptions) -> Tuning:
 def _ls(places: list[Place], config: Config) -> int:
     rows, served = [], []
     for place in places:
-        with place.opened() as opened:
+        with place.looked_at() as opened:
             if opened is not None:
-                backend, cache, folder = opened
+                backend, view, folder = opened
                 served.append(folder)
-                rows += [{"store": backend.display, **row} for row in listed(cache, SYSTEM_CLOCK.time())]
+                rows += [{"store": backend.display, **row} for row in listed(view, SYSTEM_CLOCK.time())]
     if config.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -126,7 +145,7 @@ def _ls(places: list[Place], config: Config) -> int:
     return 0
 
 
-def listed(cache: Cache, now: float) -> list[dict[str, Any]]:
+def listed(cache: View, now: float) -> list[dict[str, Any]]:
     """Return what is in a cache, by path; ages in seconds, sizes in bytes."""
     rows = [*map(_dirty_row, cache.all_dirty()), *map(_clean_row, cache.all_records())]
     rows += map(_partial_row, cache.all_partials())
@@ -190,7 +209,7 @@ def _verify(places: list[Place], config: Config) -> int:
         with place.opened() as opened:
             if opened is None:
                 continue
-            backend, cache, _ = opened
+            backend, cache, _, _ = opened
             problems, count = [], 0
             for problem in _problems(backend, cache, hashes=not config.vfs.no_checksum):
                 problems.append(problem)
@@ -245,7 +264,8 @@ def _has(cache: Cache, record: ItemRecord, entry: Entry, checksum: Checksum) -> 
 # --- flush
 
 
-def _flush(places: list[Place], config: Config) -> int:
+def flush(places: list[Place]) -> int:
+    """Store what waits in the caches of some places; return 1 where something is left, else 0."""
     left = 0
     for place in places:
         with place.opened() as opened:
@@ -254,14 +274,20 @@ def _flush(places: list[Place], config: Config) -> int:
     return 1 if left else 0
 
 
-def _flush_one(place: Place, backend: Backend, cache: Cache, folder: Path) -> int:
+def _flush_one(place: Place, backend: Backend, cache: Cache, index: Index, folder: Path) -> int:
     """Store what waits in one cache; return how much is left."""
     if not cache.all_dirty():
         print(f"{backend.display}: nothing waits")
         return 0
     locks = PathLocks(folder)
+    shown = not (place.options.no_modtime or place.options.use_server_modtime)
+    times = Times(backend, lambda: index, shown=shown)
+
+    def timed(path: str, entry: Entry, mtime: float) -> Entry:
+        return times.set(path, entry, mtime) if times.keeps else entry
+
     writeback = WriteBack(
-        cache, backend, folder=folder, locks=locks, options=place.options, changed=_told_by_feed
+        cache, backend, folder=folder, locks=locks, options=place.options, changed=_told_by_feed, timed=timed
     )
     writeback.start()
     try:
@@ -321,4 +347,8 @@ def _progress(writeback: WriteBack, store: str, count: int, size: int) -> str:
     )
 
 
-COMMANDS: dict[str, Callable[[list[Place], Config], int]] = {"ls": _ls, "verify": _verify, "flush": _flush}
+COMMANDS: dict[str, Callable[[list[Place], Config], int]] = {
+    "ls": _ls,
+    "verify": _verify,
+    "flush": lambda places, config: flush(places),
+}

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from ftpvfs import cachecmd
 from ftpvfs.backend.backend import protocol_of
+from ftpvfs.backend.local import LocalBackend
 from ftpvfs.cache.index import cache_name
 from ftpvfs.clock import SYSTEM_CLOCK
 from ftpvfs.config import VFSOptions
@@ -73,6 +75,47 @@ def test_ls_shows_what_waits_and_what_is_cached(make_rig: Callable[..., Rig], lo
     assert (waits["path"], waits["state"], waits["size"], waits["user"]) == ("waits.bin", "waiting", 5, "bob")
     assert waits["age"] >= 0
     assert local_store.list() == {"stored.bin"}  # looking stores nothing
+
+
+def test_ls_changes_nothing(make_rig: Callable[..., Rig], local_store: Store, run: Run, cache_dir: Path) -> None:
+    rig = make_rig(local_store)
+    rig.publish("waits", b"12345")
+    rig.close()
+    (folder,) = cache_dir.iterdir()
+    (folder / "data" / "unknown").write_bytes(b"?")
+    (folder / "incoming" / f"{'0' * 32}").write_bytes(b"?")
+    before = {path for path in folder.rglob("*") if path.parent.name in ("data", "incoming", "quarantine")}
+    (row,) = json.loads(run(local_store, "ls", "--json").stdout)
+    assert (row["path"], row["size"]) == ("waits", 5)
+    assert {path for path in folder.rglob("*") if path.parent.name in ("data", "incoming", "quarantine")} == before
+    (folder / "data" / "unknown").unlink()
+    (folder / "incoming" / f"{'0' * 32}").unlink()
+
+
+def test_flush_keeps_what_it_stores_for_the_server(
+    make_rig: Callable[..., Rig], local_store: Store, run: Run
+) -> None:
+    rig = make_rig(local_store)
+    rig.publish("a", b"x")
+    rig.close()
+    assert run(local_store, "flush").returncode == 0
+    (row,) = json.loads(run(local_store, "ls", "--json").stdout)
+    assert (row["path"], row["state"], row["present"]) == ("a", "clean", 100.0)
+
+
+def test_flush_remembers_the_times_of_files_where_the_store_does_not(
+    make_rig: Callable[..., Rig], local_store: Store, run: Run, monkeypatch: pytest.MonkeyPatch, cache_dir: Path
+) -> None:
+    rig = make_rig(local_store)
+    rig.publish("a", b"x", mtime=1_234_567_890.0)
+    rig.close()
+    timeless = replace(LocalBackend.capability, sets_mtime=False)
+    monkeypatch.setattr(LocalBackend, "capability", timeless)
+    options = replace(VFSOptions(), cache_dir=str(cache_dir))
+    assert cachecmd.flush([cachecmd.Place(local_store.url, {}, None, options)]) == 0
+    again = make_rig(local_store)
+    version = again.backend.stat("a").version
+    assert again.index.set_times("", None) == {"a": (version, 1_234_567_890.0)}
 
 
 def test_ls_tells_of_caches_of_other_stores_that_hold_what_they_never_got(
