@@ -41,9 +41,9 @@ from ftpvfs.backend.capability import Capability
 from ftpvfs.coordination.folders import may_hang
 from ftpvfs.errors import ECHANGED, failure
 
-# The name of a file on its way, where the system has no O_TMPFILE. Not listed.
 # Read, and handed over, at once.
 PIECE = 2**20
+# The name of a file on its way, where the system has no O_TMPFILE. Not listed.
 TEMPORARY_PREFIX = ".ftpvfs-"
 TEMPORARY_SUFFIX = ".tmp"
 # Why copy_file_range refuses a pair of files that can be copied by hand.
