@@ -114,10 +114,13 @@ class Assembly:
         }
         return type("TLSHandler", (TLS_VFSHandler,), attributes)
 
-    def reload(self) -> None:
-        """Read the certificates again; sessions go on with those that they have. In each process."""
-        for certificates in self._certificates.values():
-            certificates.reload()
+    def reload(self) -> bool:
+        """Read the certificates again; sessions go on with those that they have. In each process.
+
+        Returns whether all could be used; of the others those stay that were in use.
+        """
+        could_be_read = [certificates.reload() for certificates in self._certificates.values()]
+        return all(could_be_read)
 
     def forget(self) -> None:
         """Drop all cached listings. In each process."""

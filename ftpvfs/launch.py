@@ -278,9 +278,12 @@ def limits_of(config: Config) -> Limits:
 
 
 def _read_again(assembly: Assembly) -> None:
-    assembly.reload()
+    could_be_read = assembly.reload()
     assembly.forget()
-    logger.info("certificates read again, all cached listings forgotten")
+    if could_be_read:
+        logger.info("certificates read again, all cached listings forgotten")
+    else:
+        logger.info("all cached listings forgotten; not all certificates could be read again")
 
 
 def _tell_of_left(config: Config, stores: Sequence[VFS]) -> None:

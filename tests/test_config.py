@@ -664,6 +664,11 @@ def test_json_in_the_backend_section_may_hold_comment_signs_and_span_lines(ini):
         ("[listener:a]\ncert = x\n", 1, ["[listener:a] has no addr", "addr = :990"]),
         ("[listener:a]\naddr = :1\nmode = off\n", 3, ["unknown key", "tls_mode"]),
         ("[listener:a]\naddr = :1\ntls_mode = required\n", 1, ["[listener:a]: TLS mode required without a cert"]),
+        ("[listener:a]\naddr = :21\n[listener:b]\naddr = :21\n", 3, ["[listener:b]", ":21", "[listener:a]"]),
+        ("[server]\naddr = :21\n[listener:c]\naddr = 127.0.0.1:21\n", 3, ["[listener:c]", "[server] or --addr"]),
+        ("[server]\nworkers = 100000\n", 2, ["'100000' is no whole number from 1 to 256"]),
+        ("[user:alice]\npassword_hash = " + HASH[:-3] + "\n", 2, ["the value is no argon2 hash"]),
+        ("[user:alice]\npassword_hash = $argon2id$v=19$m=8,t=1,p=1$a$b\n", 2, ["the value is no argon2 hash"]),
         ("[vfs]\ndir_cache_time = 5x ; five\n", 2, ["dir_cache_time in [vfs]: '5x' is no duration", "1h30m"]),
         ("\n[server]\naddr = :1\n\naddr = :2\n", 5, ["'addr' is repeated"]),
         ("[vfs]\n[server]\n[vfs]\n", 3, ["section 'vfs' is repeated"]),
@@ -687,6 +692,12 @@ def test_a_bad_ini_file_is_refused_with_file_and_line(ini, text, line, words):
     for word in words:
         assert word in message
     assert "hunter2" not in message
+
+
+def test_listeners_may_share_a_port_on_different_addresses_and_any_free_one(ini):
+    addresses = ["127.0.0.1:21", "127.0.0.2:21", ":0", ":0"]
+    path = ini("".join(f"[listener:l{number}]\naddr = {addr}\n" for number, addr in enumerate(addresses)))
+    assert [str(each.addr.port) for each in load(["--config", path], {}).listeners] == ["21", "21", "0", "0"]
 
 
 def test_a_missing_or_unreadable_ini_file_is_refused(tmp_path):

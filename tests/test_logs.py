@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from ftpvfs.logs import MOST_WAITING, written_by_a_thread
+from tests.certificates import write_certificate
 from tests.conftest import LISTENING, connect, program_environment, reply, wait_until
 
 PIPE = 2**16
@@ -117,3 +118,13 @@ def test_no_password_is_logged_whatever_stands_before_it(launched: Any, tmp_path
     assert "the-end" in server.log()
     assert server.log().count("******") == len(lines)
     assert "hunter2" not in server.log()
+
+
+def test_the_log_does_not_say_that_a_broken_certificate_was_read(launched: Any, tmp_path: Path) -> None:
+    cert = write_certificate(tmp_path / "cert.pem")
+    server = launched(str(tmp_path), "--cert", str(cert), "-v", "--workers", "1")
+    cert.write_text("no certificate")
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "all cached listings forgotten" in server.log())
+    assert "the certificate in use stays" in server.log()
+    assert "certificates read again" not in server.log()

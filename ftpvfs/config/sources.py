@@ -19,7 +19,7 @@ from ftpvfs.config.table import (
     TLSOptions,
     User,
 )
-from ftpvfs.config.values import Address, ConfigError
+from ftpvfs.config.values import Address, ConfigError, format_address
 
 Values = Mapping[str, Mapping[str, Any]]  # section -> field -> value, of those that were given
 
@@ -121,12 +121,26 @@ def _users(ini: Ini, server: Mapping[str, Any]) -> Iterator[User]:
 
 def _listeners(ini: Ini, values: Values) -> Iterator[Listener]:
     common = TLSOptions(**values["tls"])
+    taken: dict[str, Address] = {}
     if not ini.listeners or "addr" in values["server"]:
         yield _listener("--tls-mode", "", SECTIONS["server"](**values["server"]).addr, common)
+        taken["[server] or --addr"] = SECTIONS["server"](**values["server"]).addr
     for name, section in ini.listeners.items():
-        given = dict(section.values)
+        given, title = dict(section.values), f"[{LISTENER}:{name}]"
         addr = given.pop("addr")
-        yield _listener(f"{section.where}: [{LISTENER}:{name}]", name, addr, dataclasses.replace(common, **given))
+        for other, its_addr in taken.items():
+            if _is_taken(addr, its_addr):
+                where = f"{format_address(addr)}, which {other} has with {format_address(its_addr)}"
+                raise ConfigError(f"{section.where}: {title} listens at {where}; give it another addr")
+        taken[title] = addr
+        yield _listener(f"{section.where}: {title}", name, addr, dataclasses.replace(common, **given))
+
+
+def _is_taken(addr: Address, other: Address) -> bool:
+    """Tell whether both cannot be had, as far as that is seen; no host is all of them, port 0 any free one."""
+    if addr.port != other.port or not addr.port:
+        return False
+    return addr.host == other.host or not addr.host or not other.host
 
 
 def _listener(source: str, name: str, addr: Address, tls: TLSOptions) -> Listener:

@@ -43,6 +43,7 @@ from ftpvfs.config.values import (
     TLS_MODE,
     TLS_VERSION,
     USER_NAME,
+    WORKERS,
     Address,
     Bandwidth,
     ConfigError,
@@ -166,7 +167,7 @@ class ServerOptions:
     )
     workers: int = option(
         None,
-        POSITIVE,
+        WORKERS,
         "Server",
         "Processes that serve; 1 is a single one",
         shown="the CPUs, at most 4",

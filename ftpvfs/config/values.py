@@ -6,6 +6,7 @@ because it may be secret. Each formatter writes what its parser reads back as th
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import json
 import math
@@ -64,6 +65,8 @@ DURATION_UNITS = {
 LONGEST_FIRST = sorted(DURATION_UNITS, key=len, reverse=True)
 DURATION_PART = re.compile(rf"({NUMBER})({'|'.join(LONGEST_FIRST)})", re.ASCII)
 PERMISSIONS = "elradfmwMT"  # pyftpdlib's: change folder, list, read; append, delete, rename, mkdir, write, mode, time
+# More processes than any machine has processors for; each takes tens of megabytes.
+MOST_WORKERS = 256
 # `$argon2id$v=19$m=65536,t=3,p=4$salt$hash`, the form that argon2's own programs write.
 ARGON2 = re.compile(r"\$argon2(id|i|d)\$(v=\d+\$)?m=\d+,t=\d+,p=\d+\$[A-Za-z0-9+/]+\$[A-Za-z0-9+/]+", re.ASCII)
 TRUE = {"1", "t", "true", "yes", "on"}
@@ -321,9 +324,18 @@ def parse_permissions(text: str) -> str:
 
 
 def parse_password_hash(text: str) -> str:
-    if not ARGON2.fullmatch(text):
+    if not ARGON2.fullmatch(text) or not all(map(_is_base64, text.split("$")[-2:])):
         raise ValueError("is no argon2 hash; python -m ftpvfs hash-password makes one")
     return text
+
+
+def _is_base64(text: str) -> bool:
+    """Tell whether the text is base64 without its `=`, as argon2 writes and takes it: nothing is left over."""
+    try:
+        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except ValueError:
+        return False
+    return base64.b64encode(data).decode().rstrip("=") == text
 
 
 def parse_class(text: str) -> str:
@@ -383,6 +395,7 @@ BOOL = Kind("bool", parse_bool, lambda value: str(value).lower(), (bool,))
 SWITCH = Kind("on|off", parse_bool, lambda value: "on" if value else "off", (bool,))  # BOOL that wants its value
 COUNT = Kind("int", integer(0), str, (int,))
 POSITIVE = Kind("int", integer(1), str, (int,))
+WORKERS = Kind("int", integer(1, MOST_WORKERS), str, (int,))
 ID = Kind("uint32", integer(0, 2**32 - 1), str, (int, type(None)))
 TEXT = Kind("string", parse_text)
 PATH = Kind("string", parse_path, str, (Path,))

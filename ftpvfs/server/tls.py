@@ -57,16 +57,20 @@ class Certificates:
         self._material = _Material(options)
         self._context = self._material.context(options)
 
-    def reload(self) -> None:
-        """Read the files again. Connections that are there keep what they have; a broken file changes nothing."""
+    def reload(self) -> bool:
+        """Read the files again; tell whether they could be used.
+
+        Connections that are there keep what they have; a broken file changes nothing.
+        """
         try:
             material = _Material(self._options)
             context = material.context(self._options)
         except ConfigError as error:
             logger.error("%s; the certificate in use stays", error)  # noqa: TRY400 - the line says it all
-            return
+            return False
         self._material, self._context = material, context
         logger.info("certificate %s read again", self._options.cert)
+        return True
 
     def context(self) -> Any:
         """Return what a control connection and its data connections are to use.
