@@ -227,8 +227,7 @@ class VFSFilesystem(AbstractedFS):
     def _make_home(self) -> None:
         """Make the user's home before something is first written below it; a bucket's homes need no set-up."""
         if not self._home_is_there:
-            self._call(self.vfs.makedirs, self._path(self.root), changes=True)
-            self._home_is_there = True
+            self._home_is_there = self._call(self.vfs.ready_folder, self._path(self.root), changes=True)
 
     # --- folders and files
 

@@ -28,6 +28,7 @@ from tests.conftest import (
     connect,
     download,
     last_reply,
+    names,
     open_transfer,
     reply,
     reset,
@@ -430,6 +431,24 @@ def test_no_space_is_answered_with_552(local_store: Store, launched: Callable[..
             assert last_reply(ftp).startswith("552 ")
         assert_untouched(local_store)
         assert_in_step(ftp, local_store)
+
+
+def test_a_user_with_a_home_hands_in_files_while_the_store_is_away(
+    make_store: Any, make_proxy: Any, make_vfs: Any, ftp_server: Serve, tmp_path: Path
+) -> None:
+    store = make_store("s3")
+    proxy = make_proxy(store)
+    vfs = make_vfs(
+        store.proxied(proxy), cache_mode="writes", cache_dir=str(tmp_path / "cache"), low_level_retries=1
+    )
+    proxy.refuse = True
+    with connect(ftp_server(vfs, home="/home/of/user")) as ftp:
+        assert upload(ftp, "a", OLD).startswith("226 ")
+        assert names(ftp) == {"a"}
+        proxy.heal()
+        assert upload(ftp, "b", OLD).startswith("226 ")
+    vfs.sync(30)
+    assert store.list() == {"home/of/user/a", "home/of/user/b"}
 
 
 def test_what_came_of_a_broken_upload_goes_with_the_file_that_is_renamed_at_once(

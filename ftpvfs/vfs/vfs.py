@@ -354,10 +354,15 @@ class VFS:
     ) -> tuple[str, Entry | None, bool]:
         """Return the path as it is spelled, what is there, and whether that is known."""
         is_whole = bool(flags & os.O_CREAT and flags & os.O_TRUNC) and partial is None
-        if not is_whole or self._mode < CacheMode.WRITES or self.options.ack == "store":
+        if not is_whole or not self._goes_without_store:
             path = self._real(path)
             return path, self._existing(path), True
         return self._before_replacing(paths.clean(path))
+
+    @property
+    def _goes_without_store(self) -> bool:
+        """Whether a whole new file is taken though the store is away."""
+        return self._mode >= CacheMode.WRITES and self.options.ack == "cache"
 
     def _before_replacing(self, path: str) -> tuple[str, Entry | None, bool]:
         """The same for who hands in a whole new file: nobody needs the store for that, nor should wait long for it."""
@@ -430,6 +435,25 @@ class VFS:
             self.makedirs(paths.split(path)[0])
             with contextlib.suppress(FileExistsError):  # by somebody else, meanwhile
                 self.mkdir(path)
+
+    def ready_folder(self, path: str) -> bool:
+        """Make a folder as `makedirs` does, for files that come next; return whether it is there.
+
+        Who hands in files does not need the store for it, in modes writes and full: they bring their folders along.
+        """
+        core = self.core
+        is_quick = core.backend.capability.answers_at_once or core.dirs.knows(paths.clean(path))
+        if is_quick or not self._goes_without_store:
+            self.makedirs(path)
+            return True
+        try:
+            core.patience.ask(lambda: self.makedirs(path), path)
+        except OSError as error:
+            if error.errno not in AWAY:
+                raise
+            logger.info("%r may not be there yet: %s", path, error)
+            return False
+        return True
 
     def rmdir(self, path: str) -> None:
         """Remove an empty folder. Raises ENOTEMPTY, ENOTDIR, ENOENT; EBUSY for the root."""
