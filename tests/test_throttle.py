@@ -62,15 +62,18 @@ def test_users_share_what_is_theirs_and_connections_do_not() -> None:
     assert not other.allowed()
 
 
-def test_moments_are_shared_with_forked_processes() -> None:
-    moments = Moments(3)
-    moments[1] = 1.5
-    child = os.fork()
-    if not child:
-        moments[2] = moments[1] + 1
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert (moments[0], moments[1], moments[2]) == (0.0, 1.5, 2.5)
+def test_what_processes_add_to_a_moment_at_once_is_all_counted() -> None:
+    moments, children = Moments(3), []
+    for _ in range(3):
+        child = os.fork()
+        if not child:
+            for _ in range(20_000):
+                moments.change(1, lambda moment: moment + 1.0)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    assert (moments[0], moments[1], moments[2]) == (0.0, 60_000.0, 0.0)
 
 
 def test_views_are_cut_where_they_have_to_be() -> None:

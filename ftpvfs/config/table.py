@@ -448,8 +448,10 @@ class User:
     cache_name: str | None = option(
         None, NAME, "Users", "What --name is for the common backend, for the user's own", shown="from the URL"
     )
-    max_cons: int = option("0", COUNT, "Users", "Most sessions of the user at once; 0 is no limit")
-    bwlimit: Bandwidth = option("off", BANDWIDTH, "Users", "Bytes a second of all the user's file transfers together")
+    max_cons: int = option("0", COUNT, "Users", "Most sessions of the user at once, in all workers; 0 is no limit")
+    bwlimit: Bandwidth = option(
+        "off", BANDWIDTH, "Users", "Bytes a second of all the user's file transfers together, in all workers"
+    )
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
 
 

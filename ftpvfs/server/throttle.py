@@ -7,7 +7,7 @@ much it may move now, and where that is nothing for how long to sleep.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from ftpvfs.config import Bandwidth
@@ -22,10 +22,23 @@ CREDIT = 0.5
 
 
 class Moment(Protocol):
-    """Numbers by index: a list, or a row that processes share."""
+    """Numbers by index that change one at a time: this process's own, or a row that processes share."""
 
     def __getitem__(self, number: int, /) -> float: ...
-    def __setitem__(self, number: int, moment: float, /) -> None: ...
+    def change(self, number: int, new: Callable[[float], float], /) -> None: ...
+
+
+class _Own:
+    """One number, of one connection."""
+
+    def __init__(self) -> None:
+        self._value = 0.0
+
+    def __getitem__(self, number: int) -> float:
+        return self._value
+
+    def change(self, number: int, new: Callable[[float], float]) -> None:
+        self._value = new(self._value)
 
 
 class Rate:
@@ -36,7 +49,7 @@ class Rate:
 
     def __init__(self, rate: int, paid: Moment | None = None, number: int = 0) -> None:
         self._rate = rate
-        self._paid: Moment = [0.0] if paid is None else paid
+        self._paid: Moment = _Own() if paid is None else paid
         self._number = number
 
     def delay(self, now: float) -> float:
@@ -50,8 +63,7 @@ class Rate:
 
     def moved(self, count: int, now: float) -> None:
         """Count bytes that were moved, be it more than a slice."""
-        paid = max(self._paid[self._number], now - CREDIT)
-        self._paid[self._number] = paid + count / self._rate
+        self._paid.change(self._number, lambda paid: max(paid, now - CREDIT) + count / self._rate)
 
 
 class Rates:
