@@ -363,11 +363,14 @@ class Meter:
         return ticks * self._TICK
 
     def memory(self) -> int:
-        return sum(_status_bytes(pid, "VmRSS") for pid in self._processes())
+        """What all of them take now; a page that several of them share counts once."""
+        return sum(_proportional(pid, "Pss") for pid in self._processes())
 
     def peak_memory(self) -> int:
-        """The most since `reset_peak`, added up over the processes: pages they share count once for each."""
-        return sum(_status_bytes(pid, "VmHWM") for pid in self._processes())
+        """The most since `reset_peak`, added up over the processes, less what they share as it is now."""
+        processes = self._processes()
+        shared = sum(_proportional(pid, "Rss") - _proportional(pid, "Pss") for pid in processes)
+        return sum(_status_bytes(pid, "VmHWM") for pid in processes) - shared
 
     def reset_peak(self) -> None:
         for pid in self._processes():
@@ -381,6 +384,13 @@ def _stat_fields(pid: int) -> list[str]:
     except (FileNotFoundError, ProcessLookupError):
         return []
     return text.rpartition(")")[2].split()
+
+
+def _proportional(pid: int, name: str) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _status_bytes(pid: int, name: str) -> int:
