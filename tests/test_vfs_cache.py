@@ -366,12 +366,15 @@ def test_who_appends_to_what_others_change_meanwhile_is_dealt_with_as_the_confli
         append("fail")
     assert store.read("a") == b"by somebody else"
 
-    vfs = append("keep-both")
+    append("keep-both")
+    vfs = append("keep-both")  # most often within the same second
     assert get(vfs, "a") == b"by somebody else"
-    (beside,) = store.list() - {"a"}
-    assert beside.startswith("a (conflict ")
-    assert store.read(beside) == b"base and more"
-    assert sorted(vfs.listdir()) == ["a", beside]
+    besides = store.list() - {"a"}
+    assert len(besides) == 2
+    for beside in besides:
+        assert beside.startswith("a (conflict ")
+        assert store.read(beside) == b"base and more"
+    assert set(vfs.listdir()) == {"a", *besides}
 
 
 @pytest.mark.parametrize("store", ["s3"], indirect=True)

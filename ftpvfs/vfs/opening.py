@@ -14,7 +14,7 @@ from ftpvfs.backend.backend import ABSENT, ANY, Condition, Entry, Upload
 from ftpvfs.cache.downloader import Reader
 from ftpvfs.cache.item import Draft
 from ftpvfs.cache.records import PartialRecord
-from ftpvfs.cache.storing import allowed_in_conflict, conflict_name, tell_of_beside
+from ftpvfs.cache.storing import MOST_NAMES, allowed_in_conflict, conflict_name, tell_of_beside
 from ftpvfs.clock import Clock
 from ftpvfs.errors import ECHANGED, failure
 from ftpvfs.vfs.cached import CachedReadHandle, CachedWriteHandle
@@ -184,10 +184,21 @@ class Opening:
             return path, self._send_to(path, tee, replaces)
         assert found is not None
         self._core.changed(path, found)
-        beside = conflict_name(path, self._clock.time())
-        entry = self._send_to(beside, tee, ABSENT)
+        beside, entry = self._send_beside(path, tee)
         tell_of_beside(path, beside)
         return beside, entry
+
+    def _send_beside(self, path: str, tee: Tee) -> tuple[str, Entry]:
+        """Send a draft to the first name that is free."""
+        now = self._clock.time()
+        for number in range(1, MOST_NAMES):
+            beside = conflict_name(path, now, number)
+            try:
+                return beside, self._send_to(beside, tee, ABSENT)
+            except OSError as error:
+                if error.errno != ECHANGED:
+                    raise
+        raise failure(errno.EEXIST, path, "There is no free name beside it for what conflicts with it")
 
     def _send_to(self, path: str, tee: Tee, replaces: Condition) -> Entry:
         draft, mtime = tee.draft, self._mtime()
