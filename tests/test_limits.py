@@ -8,6 +8,7 @@ import ipaddress
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from ftpvfs.config.values import parse_public_ip
 from ftpvfs.coordination.sessions import SessionTable
 from ftpvfs.metrics import Count
 from ftpvfs.server.limits import MOST_COMMANDS, Door, LimitedServer, Limits
-from ftpvfs.server.offload import MOST_STORE_THREADS
+from ftpvfs.server.offload import MOST_STORE_THREADS, Lane
 from ftpvfs.server.public_address import KEPT, Resolver
 from ftpvfs.server.transfer import VFSDTPHandler
+from ftpvfs.waiting import Wait
 from tests.conftest import Store, connect, download, free_ports, last_reply, open_transfer, reply, upload, wait_until
 from tests.test_bans import MovedClock
 
@@ -208,6 +210,25 @@ def test_the_ban_list_is_never_read_on_the_event_loop(serve: Any) -> None:
     enter(address).close()
     wrong(address)
     assert threads == {"ftpvfs-bans"}
+
+
+def test_the_thread_of_the_ban_list_does_not_end_and_begin_again() -> None:
+    """Each new one would open the database anew, whose descriptors SQLite keeps."""
+    desk = Lane("ftpvfs-test", 1, Wait.STORE, idle=None)
+    ended = Lane("ftpvfs-test", 1, Wait.STORE, idle=0.0)
+    threads: dict[Lane, set[threading.Thread]] = {desk: set(), ended: set()}
+
+    def work(lane: Lane) -> None:
+        threads[lane].add(threading.current_thread())
+
+    for _ in range(2):
+        for lane, seen in threads.items():
+            lane.submit(partial(work, lane))
+            wait_until(lambda seen=seen: seen)
+        wait_until(lambda: not any(thread.is_alive() for thread in threads[ended]))
+    assert all(thread.is_alive() for thread in threads[desk])
+    assert len(threads[desk]) == 1
+    desk.retire()
 
 
 def test_a_session_ends_after_so_many_wrong_passwords(serve: Any) -> None:
