@@ -21,7 +21,7 @@ from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.beside import records_beside
 from ftpvfs.cache.check import Check
 from ftpvfs.cache.clean import CleanItems, OpenItems
-from ftpvfs.cache.dirty import DirtyFiles
+from ftpvfs.cache.dirty import DirtyFiles, MayReplace
 from ftpvfs.cache.eviction import Limits
 from ftpvfs.cache.files import BESIDE, DataFile, Files, Number, Place
 from ftpvfs.cache.index import Index
@@ -160,6 +160,10 @@ class Cache:
         """Return what the store is to have at the path and does not have yet. From memory."""
         return self._dirty_mirror.get(path)
 
+    def doubt(self, path: str) -> None:
+        """Look at the path's record again: another process has changed it a moment ago."""
+        self._dirty_mirror.doubt(path)
+
     def dirty_in(self, folder: str) -> list[DirtyRecord]:
         """Return the dirty records of all that lies directly in the folder. From memory."""
         return self._dirty_mirror.inside(folder)
@@ -291,17 +295,27 @@ class Cache:
         draft.announce()
         return draft
 
-    def publish(self, draft: Draft, *, mtime: float, base: str | None, base_known: bool = True) -> DirtyRecord:
+    def publish(
+        self,
+        draft: Draft,
+        *,
+        mtime: float,
+        base: str | None,
+        base_known: bool = True,
+        may_replace: MayReplace = lambda record: True,
+    ) -> DirtyRecord:
         """Make the draft the path's dirty file. Durable on return, unless `--vfs-cache-sync off`.
 
         `base` is the fingerprint of the object that the store has, None where it has none; `base_known` False: nobody
-        knows. Where the path is dirty already, what was known when it became so stays. After an error the draft is as
-        before.
+        knows. Where the path is dirty already, what was known when it became so stays. `may_replace` is asked of the
+        record that is replaced, and ECHANGED raised where it says no. After an error the draft is as before.
         """
         about_to_wait(Wait.DISK)
         draft.finish()
         replaced = self._with_room(
-            lambda: self._dirty.publish(draft, mtime=mtime, base=base, base_known=base_known)
+            lambda: self._dirty.publish(
+                draft, mtime=mtime, base=base, base_known=base_known, may_replace=may_replace
+            )
         )
         draft.close()
         self._outdate(draft.path)

@@ -24,10 +24,13 @@ from ftpvfs.cache.journal import Changes, Journal
 from ftpvfs.cache.records import DirtyRecord, PartialRecord, id_prefix
 from ftpvfs.cache.state import Event, State, after
 from ftpvfs.clock import Clock
-from ftpvfs.errors import failure, reason_of
+from ftpvfs.errors import ECHANGED, failure, reason_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+# Tells of a path's record whether a new file may take its place.
+MayReplace = Callable[["DirtyRecord | None"], bool]
 
 # How often a change is prepared anew because another one of the same path came first.
 MOST_TRIES = 1000
@@ -79,8 +82,10 @@ class DirtyFiles:
 
     # --- a new file
 
-    def publish(self, draft: Draft, *, mtime: float, base: str | None, base_known: bool) -> Replaced:
-        """Make the draft's file its path's dirty file; what it replaces has ended."""
+    def publish(
+        self, draft: Draft, *, mtime: float, base: str | None, base_known: bool, may_replace: MayReplace
+    ) -> Replaced:
+        """Make the draft's file its path's dirty file; what it replaces has ended. ECHANGED where it may not."""
         record = DirtyRecord(
             path=draft.path,
             id=draft.id,
@@ -97,7 +102,7 @@ class DirtyFiles:
         with self._beside([record]):
             self._files.move(draft.id, Place.INCOMING, Place.DATA)
             try:
-                replaced = self._journal.change(lambda changes: _publish(changes, record), Place.DATA)
+                replaced = self._journal.change(lambda changes: _publish(changes, record, may_replace), Place.DATA)
             except BaseException:
                 self._files.move(draft.id, Place.DATA, Place.INCOMING)
                 raise
@@ -382,8 +387,10 @@ def _may_go(renaming: _Renaming, over: Mapping[str, DirtyRecord]) -> bool:
     return there is None or there.is_tombstone or over.get(there.path) == there
 
 
-def _publish(changes: Changes, record: DirtyRecord) -> Replaced:
+def _publish(changes: Changes, record: DirtyRecord, may_replace: MayReplace) -> Replaced:
     old, partial = changes.dirty(record.path), changes.partial(record.path)
+    if not may_replace(old):
+        raise failure(ECHANGED, record.path, "There is another file by now")
     after(state_of(old), Event.PUBLISH)
     if old is not None and old.generation > record.generation:
         return Replaced(old, (record,))  # another writer came later, and was quicker

@@ -7,22 +7,33 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from ftpvfs.backend.backend import ABSENT, ANY, Condition, Entry, Upload
 from ftpvfs.cache.downloader import Reader
-from ftpvfs.cache.item import Draft
+from ftpvfs.cache.item import Draft, Item
 from ftpvfs.cache.records import PartialRecord
 from ftpvfs.cache.storing import MOST_NAMES, allowed_in_conflict, conflict_name, tell_of_beside
 from ftpvfs.clock import Clock
-from ftpvfs.errors import ECHANGED, failure
+from ftpvfs.errors import AWAY, ECHANGED, failure
+from ftpvfs.vfs.begun import Begun, is_exclusive
 from ftpvfs.vfs.cached import CachedReadHandle, CachedWriteHandle
 from ftpvfs.vfs.core import CacheParts, Core
 from ftpvfs.vfs.handle import FileHandle, Handle, ReadHandle, WriteHandle
-from ftpvfs.vfs.pending import base_of, is_local, local_entry
+from ftpvfs.vfs.pending import base_of, local_entry
 from ftpvfs.vfs.readahead import ReadAhead
 from ftpvfs.vfs.tee import Tee
+from ftpvfs.waiting import Wait, about_to_wait, result_of
+
+logger = logging.getLogger(__name__)
+
+# How often what was appended is appended again because others came first.
+MOST_TRIES = 20
+# Bytes of it that are copied at once.
+APPENDED_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -82,11 +93,16 @@ class Opening:
         """Open a new version of a file for writing straight to the store; it is there when `commit` returns."""
         core, path = self._core, request.path
 
+        # What is appended to nothing is a new file; to something it could not be appended here.
+        appends = request.entry is None and request.flags & (os.O_APPEND | os.O_TRUNC) == os.O_APPEND
+        code = errno.EEXIST if is_exclusive(request.flags) else errno.EBUSY
+        is_new = appends or is_exclusive(request.flags)
+
         def begin() -> Upload:
-            return core.backend.upload(path, mtime=self._mtime())
+            return core.backend.upload(path, mtime=self._mtime(), replaces=ABSENT if is_new else ANY)
 
         def publish(upload: Upload) -> None:
-            with core.writer(path):
+            with core.writer(path), _being_new(path, code) if is_new else contextlib.nullcontext():
                 entry = upload.commit()
                 core.replaced(path)
                 core.published(path, entry)
@@ -143,17 +159,24 @@ class Opening:
         core, cache, run = self._core, self._parts.cache, self._core.later
         if request.partial is not None:
             return Tee(cache, cache.resume(request.partial), None, run)
-        item = None if base is None else base.reader.item
-        draft = cache.draft(request.path, user=request.user, base=item)  # type: ignore[arg-type]
+        begun, draft = self._begin(request, base)
         sends = self._stores_first and base is None
-        upload = core.backend.upload(request.path, mtime=self._mtime()) if sends else None
-        return Tee(cache, draft, upload, run, replaces=_version_of(base))
+        replaces = begun.condition
+        upload = core.backend.upload(request.path, mtime=self._mtime(), replaces=replaces) if sends else None
+        return Tee(cache, draft, upload, run, begun=begun)
+
+    def _begin(self, request: Request, base: CachedReadHandle | None) -> tuple[Begun, Draft]:
+        item: Item | None = None if base is None else base.reader.item  # type: ignore[assignment]
+        draft = self._parts.cache.draft(request.path, user=request.user, base=item)
+        entry = None if base is None else base.entry
+        appends = bool(request.flags & os.O_APPEND) and not request.flags & os.O_TRUNC
+        return Begun(request.flags, entry, item, draft.size, only_appended=appends), draft
 
     def _publish(self, request: Request, tee: Tee) -> None:
         if self._stores_first:
             self._store(request, tee)
         else:
-            self._acknowledge(request, tee.draft)
+            self._acknowledge(request, tee)
 
     def _store(self, request: Request, tee: Tee) -> None:
         """Bring the file to the store; on return it is there, whole and verified."""
@@ -161,7 +184,7 @@ class Opening:
         with core.writer(path):
             entry = tee.sent()
             if entry is None:
-                path, entry = self._send(path, tee)
+                path, entry = self._send(request, tee)
             if path == request.path:
                 parts.cache.publish_clean(tee.draft, entry)
             else:
@@ -169,13 +192,17 @@ class Opening:
             core.published(path, entry)
         parts.writeback.stored(request.user, path, entry)
 
-    def _send(self, path: str, tee: Tee) -> tuple[str, Entry]:
+    def _send(self, request: Request, tee: Tee) -> tuple[str, Entry]:
         """Send a draft; return where it is now: beside the path, where others came first and --vfs-conflict says so."""
+        path = request.path
+        self._follow(request, tee)  # whoever else writes here waits for this path
         try:
             return path, self._send_to(path, tee, tee.replaces)
         except OSError as error:
             if error.errno != ECHANGED or tee.replaces is ANY:
                 raise
+        if tee.begun is not None and tee.begun.is_exclusive:
+            raise failure(errno.EEXIST, path)
         found = None
         with contextlib.suppress(FileNotFoundError):
             found = self._core.backend.stat(path)
@@ -206,13 +233,78 @@ class Opening:
             path, draft.descriptor, draft.size, mtime=mtime, replaces=replaces
         ).send()
 
-    def _acknowledge(self, request: Request, draft: Draft) -> None:
-        """Make the file the one that the store is to have; on return it survives a kill and a power cut."""
+    def _acknowledge(self, request: Request, tee: Tee) -> None:
+        """Make the file the one that the store is to have; on return it survives a kill and a power cut.
+
+        What was appended to a file is appended to what is there by now. EEXIST for a file that was to be new.
+        """
+        for _ in range(MOST_TRIES):
+            if _is_exclusive(tee) and self._now(request.path) is not None:
+                break
+            request = self._follow(request, tee)
+            try:
+                self._publish_draft(request, tee)
+            except OSError as error:
+                if error.errno != ECHANGED:
+                    raise
+                self._parts.cache.doubt(request.path)
+            else:
+                return
+        if _is_exclusive(tee):
+            raise failure(errno.EEXIST, request.path)
+        raise failure(errno.EBUSY, request.path, "Others write to the file all the time")
+
+    def _publish_draft(self, request: Request, tee: Tee) -> None:
         parts = self._parts
         base, is_known = base_of(request.entry, is_known=request.is_known)
-        record = parts.cache.publish(draft, mtime=self._clock.time(), base=base, base_known=is_known)
+        record = parts.cache.publish(
+            tee.draft,
+            mtime=self._clock.time(),
+            base=base,
+            base_known=is_known,
+            may_replace=tee.begun.may_replace if tee.begun is not None else lambda record: True,
+        )
         self._core.published(request.path, local_entry(record))
         parts.writeback.received(record)
+
+    def _now(self, path: str) -> Entry | None:
+        """Return what is at the path, None also where nobody can say: the journal has the last word."""
+        try:
+            return self._parts.pending.find(path) or self._core.dirs.lookup(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno not in AWAY:
+                raise
+            return None
+
+    def _follow(self, request: Request, tee: Tee) -> Request:
+        """Let what was appended follow what is known to be at the path by now; return the request for that."""
+        if not tee.is_append or tee.begun is None or tee.begun.is_still(now := self._now(request.path)):
+            return request
+        request = replace(request, entry=now)
+        self._append_to(request, tee)
+        return request
+
+    def _append_to(self, request: Request, tee: Tee) -> None:
+        """Make a new draft: the version that `request` names, and behind it what was appended to another one."""
+        assert tee.begun is not None
+        logger.info("%r has changed since an append to it began; it is appended to as it is now", request.path)
+        with contextlib.closing(self.cached_read(request)) as base:
+            about_to_wait(Wait.STORE)
+            result_of(base.fill(), request.path)
+            base.verify()
+            begun, draft = self._begin(request, base)
+        try:
+            offset = tee.begun.size
+            while data := tee.draft.read(offset, APPENDED_AT_ONCE):
+                draft.write(draft.size, data)
+                offset += len(data)
+        except BaseException:
+            draft.truncate(0)  # nobody could go on with it
+            self._parts.cache.abandon(draft)
+            raise
+        tee.begin_anew(draft, begun)
 
     @property
     def _parts(self) -> CacheParts:
@@ -222,11 +314,19 @@ class Opening:
         return parts
 
 
-def _version_of(base: CachedReadHandle | None) -> Condition:
-    """Return the store's version that a draft begins with, ANY where it begins empty or with what the store lacks."""
-    if base is None or is_local(base.entry):
-        return ANY
-    return base.entry.fingerprint or ANY
+def _is_exclusive(tee: Tee) -> bool:
+    return tee.begun is not None and tee.begun.is_exclusive
+
+
+@contextlib.contextmanager
+def _being_new(path: str, code: int) -> Iterator[None]:
+    """Say with `code` of what was stored meanwhile that it is there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != ECHANGED:
+            raise
+        raise failure(code, path, "Others have made the file meanwhile") from error
 
 
 def _there(request: Request) -> Entry:

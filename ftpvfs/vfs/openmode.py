@@ -5,7 +5,8 @@ differ:
 
 - A refusal comes when the file is opened; rclone's streamed writers refuse with the first write or at close (EPERM),
   which FTP would learn after the bytes have been sent.
-- O_EXCL refuses a file that exists in every mode; rclone's streamed writers ignore it.
+- O_EXCL refuses a file that exists in every mode, and once more when the new one is published; rclone's streamed
+  writers ignore it.
 - O_RDONLY with O_CREAT reads a file that exists as any other reader does; rclone opens it for writing in mode off
   (where reading then fails) and through the cache in the others. A missing file is made from mode minimal on, as in
   rclone; in mode off it is ENOENT, since no handle could both read it and leave it behind.

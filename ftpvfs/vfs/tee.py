@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from ftpvfs.backend.backend import ANY, Condition, Entry, Upload
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.item import Draft
+from ftpvfs.vfs.begun import Begun
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +20,7 @@ class Tee:
     """A draft and, as long as it is written from its beginning to its end, the upload of the same bytes.
 
     When the upload fails, or the writer goes back, the draft alone goes on. One thread at a time; `run` does in another
-    thread what waits for the store. `replaces` is the version that the draft was made of; ANY where there was none.
+    thread what waits for the store. `begun` is what the draft was made of; None where nobody needs to know.
     """
 
     def __init__(
@@ -28,13 +30,29 @@ class Tee:
         upload: Upload | None,
         run: Callable[[Callable[[], object]], None],
         *,
-        replaces: Condition = ANY,
+        begun: Begun | None = None,
     ) -> None:
         self._cache = cache
         self.draft = draft
-        self.replaces = replaces
+        self.begun = begun
         self._upload = upload
         self._run = run
+
+    @property
+    def replaces(self) -> Condition:
+        """Which version may be replaced at the store."""
+        return ANY if self.begun is None else self.begun.condition
+
+    @property
+    def is_append(self) -> bool:
+        """Whether nothing was done but to write at the end of what was there."""
+        return self.begun is not None and self.begun.only_appended
+
+    def begin_anew(self, draft: Draft, begun: Begun) -> None:
+        """Go on with another draft, which has what was appended behind another version."""
+        old, self.draft, self.begun = self.draft, draft, begun
+        self._give_up_sending()
+        self._cache.abandon(old)
 
     @property
     def size(self) -> int:
@@ -65,6 +83,8 @@ class Tee:
     def truncate(self, size: int) -> None:
         """Make the draft so long."""
         self._give_up_sending()
+        if self.begun is not None:
+            self.begun = replace(self.begun, only_appended=False)
         self.draft.truncate(size)
 
     def reserve(self, size: int) -> None:
