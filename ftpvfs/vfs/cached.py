@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.downloader import GONE, TRIES, Reader
 from ftpvfs.errors import failure
-from ftpvfs.vfs.handle import Handle, WritingHandle
+from ftpvfs.vfs.handle import ReadingHandle, WritingHandle
 from ftpvfs.waiting import Wait, WouldWait, about_to_wait, current_job, limited_to, result_of, shared_result_of
 
 if TYPE_CHECKING:
@@ -30,14 +30,12 @@ if TYPE_CHECKING:
 MOST_READ = 2**20
 
 
-class CachedReadHandle(Handle):
+class CachedReadHandle(ReadingHandle):
     """A file read through the cache, one version from the first byte to the last.
 
     `open_at(entry)` opens the cached item of a version; `refresh()` asks the store for the version it has now, which
     is read while no byte has been handed out (None: there is no other, the file is here alone).
     """
-
-    closes_at_once = True
 
     def __init__(
         self,
@@ -49,37 +47,13 @@ class CachedReadHandle(Handle):
         *,
         seekable: bool = True,
     ) -> None:
-        super().__init__(path, name)
+        super().__init__(path, name, seekable=seekable)
         self.entry = entry
         self._open_at = open_at
         self._refresh = refresh
-        self._seekable = seekable
-        self._position = 0
         self._reader: Reader | None = None
         self._pinned = False
         self._is_outdated = False
-
-    @property
-    def size(self) -> int:
-        """Bytes in this version of the file."""
-        return self.entry.size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return self._seekable
-
-    def tell(self) -> int:
-        self._check_open()
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        position = self._sought(offset, whence, self._position, self.size)
-        if position != self._position and not self._seekable:
-            raise failure(errno.ESPIPE, self.path, "Seeking is switched off (--no-seek)")
-        self._position = position
-        return position
 
     # --- for an event loop
 
@@ -243,9 +217,6 @@ class CachedReadHandle(Handle):
         if not self.closed:
             self._drop_reader()
         super().close()
-
-    def abandon(self) -> None:
-        self.close()
 
     def __del__(self) -> None:
         # Not here: the collector may run inside of any call of the cache, with locks held.

@@ -159,33 +159,16 @@ class Handle(io.RawIOBase):
         return f"<{type(self).__name__} {self.path!r}{' closed' if self.closed else ''}>"
 
 
-class ReadHandle(Handle):
-    """A file streamed from the store, one version from the first byte to the last.
-
-    `open_at(entry, offset)` starts reading a version; `refresh()` asks the store for the version it has now, which is
-    used while nothing has been handed out yet.
-    """
+class ReadingHandle(Handle):
+    """What all files have in common that are read: one version, and a position in it."""
 
     closes_at_once = True
+    entry: Entry
 
-    def __init__(
-        self,
-        path: str,
-        name: str,
-        entry: Entry,
-        open_at: Callable[[Entry, int], ReadAhead],
-        refresh: Callable[[], Entry],
-        *,
-        seekable: bool = True,
-    ) -> None:
+    def __init__(self, path: str, name: str, *, seekable: bool = True) -> None:
         super().__init__(path, name)
-        self.entry = entry
-        self._open_at = open_at
-        self._refresh = refresh
         self._seekable = seekable
         self._position = 0
-        self._stream: ReadAhead | None = None
-        self._pinned = False
 
     @property
     def size(self) -> int:
@@ -203,12 +186,45 @@ class ReadHandle(Handle):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position, also behind the end; ESPIPE with `--no-seek`, unless it stays where it is."""
         position = self._sought(offset, whence, self._position, self.size)
-        if position != self._position:
-            if not self._seekable:
-                raise failure(errno.ESPIPE, self.path, "Seeking is switched off (--no-seek)")
+        if position != self._position and not self._seekable:
+            raise failure(errno.ESPIPE, self.path, "Seeking is switched off (--no-seek)")
+        self._position = position
+        return position
+
+    def abandon(self) -> None:
+        self.close()
+
+
+class ReadHandle(ReadingHandle):
+    """A file streamed from the store, one version from the first byte to the last.
+
+    `open_at(entry, offset)` starts reading a version; `refresh()` asks the store for the version it has now, which is
+    used while nothing has been handed out yet.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        entry: Entry,
+        open_at: Callable[[Entry, int], ReadAhead],
+        refresh: Callable[[], Entry],
+        *,
+        seekable: bool = True,
+    ) -> None:
+        super().__init__(path, name, seekable=seekable)
+        self.entry = entry
+        self._open_at = open_at
+        self._refresh = refresh
+        self._stream: ReadAhead | None = None
+        self._pinned = False
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        before = self._position
+        if super().seek(offset, whence) != before:
             self._drop_stream()
-            self._position = position
         return self._position
 
     def ready(self) -> int:
@@ -274,9 +290,6 @@ class ReadHandle(Handle):
             self._drop_stream()
         super().close()
 
-    def abandon(self) -> None:
-        self.close()
-
     def take_views(self, limit: int) -> list[memoryview]:
         views: list[memoryview] = []
         while limit > 0 and len(views) < MOST_VIEWS and (not views or self._has_more()):
@@ -291,48 +304,18 @@ class ReadHandle(Handle):
         return self._stream is not None and self._stream.has_more
 
 
-class FileHandle(Handle):
+class FileHandle(ReadingHandle):
     """A file of a store on this machine's own disk, read directly. `fileno` is real, so sendfile works."""
 
-    closes_at_once = True
-
     def __init__(self, path: str, name: str, opened: OpenFile, *, seekable: bool = True) -> None:
-        super().__init__(path, name)
+        super().__init__(path, name, seekable=seekable)
         self._opened = opened
-        self._seekable = seekable
-        self._position = 0
-
-    @property
-    def entry(self) -> Entry:
-        """The version that is read."""
-        return self._opened.entry
-
-    @property
-    def size(self) -> int:
-        """Bytes in this version of the file."""
-        return self._opened.entry.size
+        self.entry = opened.entry
 
     def fileno(self) -> int:
         if self.closed:
             raise ValueError("I/O operation on closed file")
         return self._opened.fileno()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return self._seekable
-
-    def tell(self) -> int:
-        self._check_open()
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        position = self._sought(offset, whence, self._position, self.size)
-        if position != self._position and not self._seekable:
-            raise failure(errno.ESPIPE, self.path, "Seeking is switched off (--no-seek)")
-        self._position = position
-        return self._position
 
     def take(self, limit: int) -> memoryview:
         """Return up to `limit` bytes, none at the end; at the end the version is verified."""
@@ -362,9 +345,6 @@ class FileHandle(Handle):
         if not self.closed:
             self._opened.close()
         super().close()
-
-    def abandon(self) -> None:
-        self.close()
 
 
 class WritingHandle(Handle):
