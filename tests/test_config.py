@@ -755,14 +755,7 @@ SAMPLES = {
 }
 
 
-def test_an_option_that_does_not_work_yet_is_refused_as_such():
-    later = dataclasses.replace(config.OPTIONS[0], later=True)
-    for take in (later.read, later.take):
-        with pytest.raises(ConfigError, match="--x: not available yet"):
-            take("x", "--x")
-
-
-@pytest.mark.parametrize("row", [row for row in config.OPTIONS if not row.later], ids=lambda row: row.flag)
+@pytest.mark.parametrize("row", config.OPTIONS, ids=lambda row: row.flag)
 def test_every_option_is_a_flag_a_variable_and_a_key_and_is_documented(row, ini):
     samples = {
         "bool": "true",

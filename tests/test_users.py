@@ -546,6 +546,7 @@ def test_a_store_that_hangs_keeps_nobody_elses_login_waiting(tmp_path: Path, mon
     [
         ("while True: print('y' * 1000)", "more than 64 KiB"),
         ("while True: print('y' * 1000, file=sys.stderr)", "more than 64 KiB"),
+        # the program under test is one that hangs: it sleeps, the test does not
         ("time.sleep(600)", "no answer within"),
         ("os.close(1); os.close(2); time.sleep(600)", "no answer within"),
         ("print('[' * 60_000)", "is no JSON"),

@@ -41,7 +41,7 @@ def _entry(row: Option) -> _Entry:
 def _entries() -> list[_Entry]:
     config = f"{PREFIX}CONFIG"
     return [
-        *(_entry(row) for row in ROWS if not (row.later or row.hidden)),
+        *(_entry(row) for row in ROWS if not row.hidden),
         _Entry("TLS", "", "", "", "[listener:NAME] addr", "", "", LISTENERS),
         _Entry("Logging", "verbose", "v", "", "", "", "", "Log level INFO; -vv is DEBUG"),
         _Entry("Logging", "use-json-log", "", "", "", "", "", "The same as --log-format json"),

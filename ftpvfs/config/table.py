@@ -67,7 +67,6 @@ class Option:
     flag: str
     short: str
     secret: bool
-    later: bool = False  # promised, but nothing acts on it yet: refused, and not in help and reference
     hidden: bool = False  # for debugging: not in help and reference
     section: str = ""
     field: str = ""
@@ -79,8 +78,6 @@ class Option:
 
     def read(self, text: str, source: str) -> Any:
         """The value that the text stands for; ConfigError names the source."""
-        if self.later:
-            raise ConfigError(f"{source}: not available yet")
         try:
             return self.kind.parse(text)
         except ValueError as error:
@@ -90,8 +87,6 @@ class Option:
         """The value of a keyword, either as text or in its own type."""
         if isinstance(value, str):
             return self.read(value, source)
-        if self.later:
-            raise ConfigError(f"{source}: not available yet")
         if isinstance(value, self.kind.objects):
             return value
         if not isinstance(value, self.kind.natives) or (isinstance(value, bool) and self.kind is not BOOL):
@@ -112,16 +107,15 @@ def option(
     short: str = "",
     shown: str = "",
     secret: bool = False,
-    later: bool = False,
     hidden: bool = False,
     factory: Callable[[], Any] | None = None,
 ) -> Any:
     """A dataclass field that is a row of the table; flag and ini key follow from its name unless given.
 
     `shown` describes a default found out at run time, by `factory` or where it is used (then it is None).
-    Whoever makes a `later` option work takes that mark away and runs `python -m ftpvfs.config README.md`.
+    Whoever adds or changes one runs `python -m ftpvfs.config README.md`.
     """
-    row = Option(kind, group, meaning, default, shown, flag, short, secret, later, hidden, key=key)
+    row = Option(kind, group, meaning, default, shown, flag, short, secret, hidden, key=key)
     if factory:
         return field(default_factory=factory, metadata={"option": row})
     value = None if default is None else kind.parse(default)

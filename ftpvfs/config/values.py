@@ -360,15 +360,13 @@ def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     return parse_integer
 
 
-def choice(*choices: str, later: Sequence[str] = ()) -> Callable[[str], str]:
-    """A parser of one of several words in any case; those named `later` are promised, but do not work yet."""
+def choice(*choices: str) -> Callable[[str], str]:
+    """A parser of one of several words in any case."""
 
     def parse_choice(text: str) -> str:
         for known in choices:
             if text.lower() == known.lower():
                 return known
-        if text.lower() in later:
-            raise ValueError(f"is not available yet; write {' or '.join(choices)}")
         raise ValueError(f"is not known; write {' or '.join(choices)}")
 
     return parse_choice

@@ -404,11 +404,8 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a position, also behind the end: what is written there leaves a hole that reads as zeros."""
-        position = self._sought(offset, whence, self._position, self._size)
-        if position != self._position and not self._seekable:
-            raise failure(errno.ESPIPE, self.path, "Seeking is switched off (--no-seek)")
-        self._position = position
-        return position
+        self._position = self._sought(offset, whence, self._position, self._size)
+        return self._position
 
     def resume(self, offset: int) -> None:
         """Go on writing at the offset, as REST asks; EINVAL behind the end, where there would be a hole."""

@@ -142,13 +142,15 @@ class Handle(io.RawIOBase):
         return io.UnsupportedOperation(errno.EBADF, reason, self.path)
 
     def _sought(self, offset: int, whence: int, position: int, size: int) -> int:
-        """Return the position that `seek` asks for."""
+        """Return the position that `seek` asks for; ESPIPE with `--no-seek`, unless that is where it stands."""
         self._check_open()
         if whence not in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END):
             raise failure(errno.EINVAL, self.path, f"whence is {whence}, not 0, 1 or 2")
         target = {os.SEEK_SET: 0, os.SEEK_CUR: position, os.SEEK_END: size}[whence] + offset
         if target < 0:
             raise failure(errno.EINVAL, self.path, "A position before the file's start")
+        if target != position and not self.seekable():
+            raise failure(errno.ESPIPE, self.path, "Seeking is switched off (--no-seek)")
         return target
 
     def __del__(self) -> None:
@@ -187,11 +189,8 @@ class ReadingHandle(Handle):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move the position, also behind the end; ESPIPE with `--no-seek`, unless it stays where it is."""
-        position = self._sought(offset, whence, self._position, self.size)
-        if position != self._position and not self._seekable:
-            raise failure(errno.ESPIPE, self.path, "Seeking is switched off (--no-seek)")
-        self._position = position
-        return position
+        self._position = self._sought(offset, whence, self._position, self.size)
+        return self._position
 
     def abandon(self) -> None:
         self.close()
