@@ -19,6 +19,8 @@ AWAY = frozenset({
     errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EBUSY,
     errno.EIO,
 })  # fmt: skip
+# What a store says of a version which it does not have any more; EINVAL: a range behind the end of a shorter one.
+GONE = frozenset({ECHANGED, errno.ENOENT, errno.EINVAL})
 
 
 def failure(code: int, path: str, reason: str | None = None) -> OSError:

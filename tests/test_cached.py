@@ -71,7 +71,8 @@ class Files:
         def begin(base: CachedReadHandle | None) -> Draft:
             return self.cache.draft(path, user="alice", base=None if base is None else base.reader.item)  # type: ignore[arg-type]
 
-        def publish(draft: Draft) -> None:
+        def publish(draft: Draft, confirm: Callable[[], None]) -> None:
+            confirm()
             data = draft.read(0, draft.size)
             self.cache.publish(draft, mtime=1.0, base=None)
             self.published[path] = data

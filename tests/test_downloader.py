@@ -27,8 +27,10 @@ from ftpvfs.cache.downloader import Downloads, Reader
 from ftpvfs.cache.ranges import RangeSet
 from ftpvfs.errors import ECHANGED
 from ftpvfs.memory import MemoryBudget
+from ftpvfs.readiness import END
 from ftpvfs.vfs.cached import CachedReadHandle
 from tests.conftest import Store
+from tests.polling import awaited
 from tests.servers import FaultProxy, wait_until
 
 KIB, MIB = 2**10, 2**20
@@ -193,8 +195,7 @@ def test_an_empty_file_is_read(store: Store, make: Callable[..., Cached]) -> Non
     store.write("a", b"")
     with make(store).open("a") as handle:
         assert handle.read() == b""
-        assert handle.ready() == 0
-        assert handle.pending() is None
+        assert handle.poll() == END
 
 
 # --- requests
@@ -261,10 +262,10 @@ def test_a_seek_does_not_wait_for_what_was_asked_before(
     cached = make(s3_store.proxied(proxy), ChunkPolicy(8 * MIB, 8 * MIB))
     with cached.open("a") as handle:
         proxy.bandwidth = 64 * KIB
-        assert handle.pending() is not None  # two minutes' worth
+        assert awaited(handle) is not None  # two minutes' worth
         wait_until(lambda: proxy.requests["GET"], what="the first range is on its way")
         handle.seek(29 * MIB + 900 * KIB)
-        assert handle.pending() is not None
+        assert awaited(handle) is not None
         wait_until(lambda: proxy.requests["GET"] == 2, what="the other is, too")
         proxy.bandwidth = None
         assert handle.read() == data[29 * MIB + 900 * KIB :]
@@ -409,12 +410,13 @@ def test_readers_that_jump_about_get_their_bytes_in_whatever_order_answers_come(
             got = b""
             failures = 0
             while len(got) < min(wanted, size - position):
-                waiter = handle.pending()
-                if waiter is None:
-                    try:
+                try:
+                    waiter = awaited(handle)
+                    if waiter is None:
                         got += handle.take(wanted - len(got))
-                    except ConnectionResetError:
-                        failures += 1
+                        continue
+                except ConnectionResetError:
+                    failures += 1
                     continue
                 while not waiter.done() and answers.waiting:
                     is_cut = failures < 3 and data.draw(st.booleans())
@@ -431,7 +433,7 @@ def test_a_store_whose_client_waits_for_ever_is_an_error_after_the_timeout(tmp_p
         with pytest.raises(OSError, match="answer") as caught:
             handle.read()
         assert caught.value.errno == errno.ETIMEDOUT
-        waiter = handle.pending()
+        waiter = awaited(handle)
         assert waiter is not None
         assert answers.waiting[0][-1].cancelled()
         answers.answer(-1, None)
@@ -508,7 +510,7 @@ def test_fetching_ends_with_the_last_reader(s3_store: Store, proxy: FaultProxy, 
     entry = cached.backend.stat("a")
     first, second = cached.open("a", entry), cached.open("a", entry)
     proxy.black_hole = True
-    waiters = [handle.pending() for handle in (first, second)]
+    waiters = [awaited(handle) for handle in (first, second)]
     assert waiters[0] is not None
     first.close()
     assert isinstance(waiters[0].exception(timeout=10), OSError)

@@ -324,3 +324,13 @@ def test_a_command_right_behind_an_upload_is_answered(
         answers = {last_reply(ftp)[:3], last_reply(ftp)[:3]}
         assert answers >= {"226"}
         assert len(answers) == 2
+
+
+def test_an_upload_that_has_told_its_end_is_not_waited_for(store: Store, serve: Serve, secure: Any) -> None:
+    endless = type("Endless", (TLS_VFSDTPHandler,), {"patience": 3600.0})
+    with secure(serve(store, dtp_handler=endless)) as ftp:
+        with contextlib.closing(ftp.transfercmd("STOR a")) as data:
+            data.sendall(b"all of it")
+            data.unwrap()
+        assert last_reply(ftp).startswith("226 ")
+    assert store.read("a") == b"all of it"

@@ -463,7 +463,10 @@ class FailingUpload:
 
 
 def writer(upload: FailingUpload, *, autocommit: bool = True) -> WriteHandle:
-    return WriteHandle("a", "a", lambda: upload, lambda begun: (begun.commit(), None)[1], autocommit=autocommit)
+    def publish(begun: Any, confirm: Callable[[], None]) -> None:
+        begun.commit()
+
+    return WriteHandle("a", "a", lambda: upload, publish, autocommit=autocommit)
 
 
 FULL = OSError(errno.ENOSPC, "No space left", "a")
@@ -516,10 +519,10 @@ def test_the_store_is_not_asked_before_the_first_byte() -> None:
         begun.append(FailingUpload())
         return begun[-1]
 
-    handle = WriteHandle("a", "a", begin, lambda upload: None, autocommit=False)
+    handle = WriteHandle("a", "a", begin, lambda upload, confirm: None, autocommit=False)
     handle.close()
     assert begun == []
-    handle = WriteHandle("a", "a", begin, lambda upload: None, autocommit=False)
+    handle = WriteHandle("a", "a", begin, lambda upload, confirm: None, autocommit=False)
     handle.commit()
     assert len(begun) == 1, "an empty upload must still make an empty object"
 

@@ -17,7 +17,9 @@ from ftpvfs.backend.backend import Pieces
 from ftpvfs.backend.chunks import AUTO_STREAMS, FAST_STREAMS, FIRST_CHUNK, LEAST_CHUNK, ChunkPolicy
 from ftpvfs.clock import Clock
 from ftpvfs.memory import MemoryBudget
+from ftpvfs.readiness import END
 from ftpvfs.vfs.readahead import ReadAhead
+from tests.polling import awaited
 
 KIB, MIB = 2**10, 2**20
 PATTERN = bytes(range(251)) * 263  # no power of two, so that shifted bytes show
@@ -96,12 +98,12 @@ def test_answers_may_come_in_any_order(data: st.DataObject) -> None:
     stream = ReadAhead(source.fetch, 0, source.size, policy, memory)
     got = b""
     while len(got) < source.size:
-        while (awaited := stream.pending()) is not None:
-            assert not awaited.done()
+        while (future := awaited(stream)) is not None:
+            assert not future.done()
             source.answer(data.draw(st.integers(0, len(source.waiting) - 1)))
         got += stream.take(30_000)
     assert got == source.bytes()
-    assert stream.pending() is None
+    assert stream.poll() == END
     stream.close()
     assert memory.used == 0
 
@@ -118,7 +120,7 @@ def test_a_small_file_is_one_request(size: int) -> None:
 def test_nothing_is_asked_for_an_empty_range() -> None:
     source = Source(10)
     stream = ReadAhead(source.fetch, 10, 10, POLICY, MemoryBudget(None))
-    assert stream.pending() is None
+    assert stream.poll() == END
     assert bytes(stream.take(1)) == b""
     assert source.asked == []
 
@@ -156,10 +158,10 @@ def test_a_far_store_is_read_in_many_streams_and_a_near_one_in_few(slowness: flo
     stream = ReadAhead(source.fetch, 0, source.size, POLICY, MemoryBudget(None), Stopwatch(slowness))
     seen = []
     while len(seen) < 8:
-        assert stream.pending() is not None
+        assert awaited(stream) is not None
         seen.append(len(source.waiting))
         source.answer()
-        while stream.pending() is None:
+        while awaited(stream) is None:
             assert stream.take(2**30)
     assert seen[0] == 1
     assert max(seen) == streams
@@ -190,7 +192,7 @@ def test_a_number_of_streams_is_kept_from_the_start(streams: int) -> None:
     source = Source(200 * MIB, at_once=False)
     policy = ChunkPolicy(MIB, MIB, streams)
     stream = ReadAhead(source.fetch, 0, source.size, policy, MemoryBudget(None))
-    stream.pending()
+    stream.poll()
     assert len(source.waiting) == streams
     stream.close()
 
@@ -201,14 +203,14 @@ def test_transfers_share_one_budget_and_each_goes_on_with_a_small_piece() -> Non
     sources = [Source(50 * MIB, at_once=False) for _ in range(40)]
     streams = [ReadAhead(source.fetch, 0, 50 * MIB, POLICY, memory) for source in sources]
     for stream in streams:
-        assert stream.pending() is not None
+        assert awaited(stream) is not None
     assert all(source.waiting for source in sources), "a transfer waits for the others"
     assert memory.used <= limit + len(streams) * LEAST_CHUNK
     for _ in range(3):
         for source, stream in zip(sources, streams, strict=True):
-            while stream.pending() is not None:
+            while awaited(stream) is not None:
                 source.answer()
-            while stream.pending() is None:
+            while awaited(stream) is None:
                 assert stream.take(MIB)
     assert memory.used <= limit + 2 * len(streams) * LEAST_CHUNK
     for stream in streams:
@@ -221,7 +223,7 @@ def test_what_is_under_way_is_counted() -> None:
     source = Source(90 * MIB, at_once=False)
     stream = ReadAhead(source.fetch, 0, 90 * MIB, POLICY, memory)
     for _ in range(5):
-        while stream.pending() is not None:
+        while awaited(stream) is not None:
             # The piece that was handed out last may still be in somebody's hands.
             assert source.under_way <= memory.used <= source.under_way + 12 * MIB
             source.answer()
@@ -233,7 +235,7 @@ def test_close_cancels_what_is_under_way_and_gives_its_memory_back() -> None:
     memory = MemoryBudget(None)
     source = Source(50 * MIB, at_once=False)
     stream = ReadAhead(source.fetch, 0, 50 * MIB, ChunkPolicy(MIB, MIB, 4), memory)
-    stream.pending()
+    stream.poll()
     source.answer()
     assert bytes(stream.take(10)) == source.bytes(0, 10)
     stream.close()
@@ -246,7 +248,7 @@ def test_a_failed_request_raises_where_its_bytes_would_be() -> None:
     memory = MemoryBudget(None)
     source = Source(4 * KIB, at_once=False)
     stream = ReadAhead(source.fetch, 0, 4 * KIB, ChunkPolicy(KIB, KIB, 4), memory)
-    stream.pending()
+    stream.poll()
     source.waiting[1][2].set_exception(ConnectionResetError(errno.ECONNRESET, "cut"))
     source.answer(0)
     assert b"".join(bytes(stream.take(KIB)) for _ in range(2)) == source.bytes(0, KIB)

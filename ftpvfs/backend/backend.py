@@ -125,6 +125,10 @@ class Upload(Protocol):
         """Return what to await before more is accepted, None when more may come; raises what failed meanwhile."""
         return None
 
+    def prepare(self) -> None:
+        """Do beforehand what `commit` takes and nobody sees, so that little is left of that. May wait for the store."""
+        return
+
     def commit(self) -> Entry:
         """Publish the object whole and verified; return when the store has it."""
 

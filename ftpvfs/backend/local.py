@@ -275,11 +275,13 @@ class LocalUpload(Upload):
         self._size = 0
         self._descriptor = -1
         self._temporary: str | None = None
+        self._is_prepared = False  # all but its name is there for good
         self._is_over = False  # committed, failed or given up
 
     def accept(self, data: bytes | memoryview) -> None:
         with self._unless_over():
             self._open()
+            self._is_prepared = False
             view = memoryview(data)
             while view:
                 taken = os.write(self._descriptor, view)
@@ -293,6 +295,7 @@ class LocalUpload(Upload):
         """
         with self._unless_over():
             self._open()
+            self._is_prepared = False
             try:
                 taken = os.copy_file_range(descriptor, self._descriptor, count, offset)
             except (AttributeError, OSError) as error:  # not on macOS, nor between all file systems
@@ -331,15 +334,22 @@ class LocalUpload(Upload):
             self._temporary = _temporary_name(folder)
             self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
-    def commit(self) -> Entry:
+    def prepare(self) -> None:
+        """Give the file its rights and its time, and have its bytes on the disk for good."""
         with self._unless_over():
-            target = self._target()
             self._open()
-            self._keep_access_rights(target)
+            self._keep_access_rights(self._target())
             if self._mtime is not None:
                 os.utime(self._descriptor, (self._mtime, self._mtime))
             if self._backend.sync:
                 os.fsync(self._descriptor)
+            self._is_prepared = True
+
+    def commit(self) -> Entry:
+        if not self._is_prepared:
+            self.prepare()
+        with self._unless_over():
+            target = self._target()
             info = os.fstat(self._descriptor)
             if info.st_size != self._size:
                 raise failure(errno.EIO, self._path, f"The disk has {info.st_size} bytes of {self._size}")

@@ -448,6 +448,12 @@ class PartsUpload(Upload):
         task.add_done_callback(self._tasks.discard)
         return await self.send(number, offset, part)
 
+    def prepare(self) -> None:
+        """Await the parts that are on their way; what is sent with the publishing request itself is not sent yet."""
+        self._raise_if_over()
+        for part in self._parts:
+            part.result()
+
     def commit(self) -> Entry:
         self._raise_if_over()
         rest = b"".join(self._pieces)

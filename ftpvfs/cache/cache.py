@@ -360,7 +360,7 @@ class Cache:
         )
         try:
             draft.finish()
-            self.files.sync(draft.descriptor)
+            draft.sync()
             self.files.use(draft.descriptor, self._clock.time())
             self.files.write_beside(Place.INCOMING, draft.id, record.to_json(), syncs=False).close()
 

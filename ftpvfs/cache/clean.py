@@ -215,7 +215,7 @@ class CleanItems:
 
     def keep(self, draft: Draft, entry: Entry) -> None:
         """Make an item of a file whose bytes are in the store as `entry`."""
-        self._files.sync(draft.descriptor)  # before a record says that they are here
+        draft.sync()  # before a record says that they are here
         self._files.use(draft.descriptor, self._clock.time())
         self._files.move(draft.id, Place.INCOMING, Place.CLEAN)
         self._put_whole(draft.path, draft.id, entry)

@@ -98,7 +98,7 @@ class DirtyFiles:
             since=self._clock.time(),
             beside=draft.id,
         )
-        self._files.sync(draft.descriptor)
+        draft.sync()
         with self._beside([record]):
             self._files.move(draft.id, Place.INCOMING, Place.DATA)
             try:

@@ -26,8 +26,9 @@ from ftpvfs.backend.chunks import ChunkPolicy, Pace, take_memory
 from ftpvfs.cache.verifier import Readable, Verifier
 from ftpvfs.cache.workers import Workers
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
-from ftpvfs.errors import ECHANGED, failure, reason_of
+from ftpvfs.errors import GONE, failure, reason_of
 from ftpvfs.memory import MemoryBudget
+from ftpvfs.readiness import END, Awaited, Bytes, Readiness
 from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ WRITE_SIZE = 2**20
 WINDOW = 2**22
 # How often a small object is asked for whose bytes are not what the store's hash says.
 TRIES = 3
-GONE = frozenset({ECHANGED, errno.ENOENT, errno.EINVAL})
 
 
 class Fillable(Readable, Protocol):
@@ -208,30 +208,30 @@ class Reader:
         self.waiter: Future[None] | None = None
         self.error: OSError | None = None
 
-    def ready(self, offset: int) -> int:
-        """Return how many bytes are here from the offset on.
+    def poll(self, offset: int) -> Readiness:
+        """Return the bytes that are here from the offset on, a future to await while they are fetched, or the end.
 
         Raises what went wrong with them since they were asked for, once: whoever asks again has them fetched again.
-        Raises EIO when bytes that were handed out turned out to be damaged.
+        Raises EIO when bytes that were handed out turned out to be damaged. The future may be cancelled by who waits.
         """
-        self._check_generation()
-        generation = self._current_generation()  # before the bytes, so that dropped ones never pass for newer ones
-        count = self.item.ready(offset)
-        if count:
-            self._generation = generation
-        elif self.error is not None:
-            error, self.error = self.error, None
-            raise failure(error.errno or errno.EIO, self.path, reason_of(error)) from error
-        return count
-
-    def pending(self, offset: int) -> Future[None] | None:
-        """Return a future to await before `ready` says anything new; None when bytes are here, or at the end.
-
-        It may be cancelled by who waits. When it fails, `ready` raises the same.
-        """
-        if self._downloader is None or offset >= self.item.size or self.item.ready(offset) or self.error is not None:
-            return None
-        return self._downloader.want(self, offset)
+        if offset >= self.item.size:
+            self._check_generation()
+            return END
+        while True:
+            self._check_generation()
+            generation = self._current_generation()  # before the bytes, so that dropped ones never pass for newer ones
+            count = self.item.ready(offset)
+            if count:
+                self._generation = generation
+                return Bytes(count)
+            if self.error is not None:
+                error, self.error = self.error, None
+                raise failure(error.errno or errno.EIO, self.path, reason_of(error)) from error
+            if self._downloader is None:
+                raise failure(errno.EIO, self.path, "The data file in the cache is shorter than it should be")
+            waiter = self._downloader.want(self, offset)
+            if waiter is not None:
+                return Awaited(waiter)
 
     def advance(self, offset: int) -> None:
         """Note where the reader is, so that what comes next is asked for in time."""
@@ -330,8 +330,10 @@ class Downloader:
         return not self._readers
 
     def want(self, reader: Reader, offset: int) -> Future[None] | None:
-        """Have the bytes at the offset fetched next; None when they are here by now."""
+        """Have the bytes at the offset fetched next; None when they, or an error to be raised, are here by now."""
         with self._lock:
+            if reader.error is not None:
+                return None
             waiter = reader.waiter
             if waiter is None or waiter.done() or reader.position != offset:
                 waiter = Future()

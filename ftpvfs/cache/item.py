@@ -255,6 +255,8 @@ class Draft:
         self._reserved = size
         # Bytes that were on the disk when it was opened.
         self._synced = size if is_resumable else 0
+        # Whether all that was written is on the disk for good.
+        self._is_synced = False
 
     def __repr__(self) -> str:
         return f"<Draft {self.path!r} {self.size}>"
@@ -282,6 +284,7 @@ class Draft:
         if offset != self.size:
             self._give_up_resuming()
         self._grow_to(stop)
+        self._is_synced = False
         self._cache.space.write(self._file, [data], offset)
         self.size = max(self.size, stop)
         if self._is_resumable and self.size >= WORTH_RESUMING and not self._is_announced:
@@ -297,13 +300,22 @@ class Draft:
         self._check_open()
         if size != self.size:
             self._give_up_resuming()
+        self._is_synced = False
         self._cache.files.truncate(self.descriptor, size)
         self.size = size
+
+    def sync(self) -> None:
+        """Return once all bytes, and the length, are on the disk for good."""
+        if not self._is_synced:
+            self.finish()
+            self._cache.files.sync(self.descriptor)
+            self._is_synced = True
 
     def reserve(self, size: int) -> None:
         """Take the space for a file of `size` bytes now. ENOSPC where there is not so much, after eviction."""
         self._check_open()
         if size > self._reserved:
+            self._is_synced = False
             self._cache.space.reserve(self._file, size, size - self._reserved)
             self._reserved = size
 
@@ -322,6 +334,7 @@ class Draft:
     def finish(self) -> None:
         """Give back what was reserved and not used; called by the cache."""
         if self._reserved > self.size:
+            self._is_synced = False
             self._cache.files.truncate(self.descriptor, self.size)
             self._cache.space.freed(self._reserved - self.size)
             self._reserved = self.size

@@ -6,10 +6,15 @@ has pipelined behind it waits in order. Elsewhere (pyftpdlib's own servers) a co
 
 from __future__ import annotations
 
+import enum
+import os
+import select
+import socket
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, TypeVar
 
+from OpenSSL import SSL
 from pyftpdlib.exceptions import _RetryError
 from pyftpdlib.handlers import FTPHandler
 
@@ -23,8 +28,13 @@ LONGEST_COMMAND = 2048
 COMMANDS_A_TURN = 16
 # Replies that a client has not taken, before no more of its commands are run.
 MOST_REPLIES = 16
-# Seconds that a client gets to take the last reply.
+# Seconds that a client gets to take the last reply; and that a command which waits for a store gets once its client has
+# ended its side of the connection, since it cannot be seen whether anybody still waits for the reply.
 LAST_WORDS = 5.0
+# How much of what a client has said is looked at before it is read.
+PEEK = 4096
+# What a client may say in the middle of an upload, so that it tells nothing about the upload's end.
+IN_TRANSFER = {b"NOOP", b"STAT"}
 
 
 class Commands(FTPHandler):
@@ -49,6 +59,12 @@ class Commands(FTPHandler):
     _is_clogged = False
     # The present command is longer than any may be, and dropped to its end: its tail must not run as another.
     _is_overlong = False
+    # The client has ended its side of the connection: what it has said in full is run, and more will not come.
+    _has_ended = False
+    # ... and takes no replies any more.
+    _is_deaf = False
+    # The last reply is said: the connection is closed from here, whatever the client has said behind.
+    _is_leaving = False
 
     @property
     def _offload(self) -> Offload | None:
@@ -109,6 +125,8 @@ class Commands(FTPHandler):
 
     def push(self, data: str) -> None:
         """Send a reply, or several that follow each other at once together; it must not fail for the name in it."""
+        if self._is_deaf:
+            return
         reply = data.encode(self.encoding, self.unicode_errors)
         if self._replies is None:
             super(FTPHandler, self).push(reply)
@@ -123,6 +141,7 @@ class Commands(FTPHandler):
     def close_when_done(self) -> None:
         """Disconnect the client once it has been told all, or has not listened for a while."""
         self.say()
+        self._is_leaving = True
         super().close_when_done()
         if not self._closed and self._goodbye is None:
             self._goodbye = self.call_later(LAST_WORDS, self.close)
@@ -152,7 +171,9 @@ class Commands(FTPHandler):
         finally:
             self.say()
             self._replies = None
-        if not self._wanted_io_events & self.ioloop.READ and not self._is_over() and self._may_read():
+        if self._has_ended:
+            self._close_if_done()
+        elif not self._wanted_io_events & self.ioloop.READ and not self._is_over() and self._may_read():
             self._listen_for(self.ioloop.READ)
             self._read_on()
 
@@ -223,6 +244,58 @@ class Commands(FTPHandler):
 
     # --- the end
 
+    def handle_close(self) -> None:
+        """Called when the client has ended its side of the connection, or all of it.
+
+        A client that has ended its side alone still reads: what it had said in full is run and answered. So is, without
+        an answer, what changes something when the client is gone altogether, unless it was cut off by a reset.
+        """
+        if self._closed or self._is_leaving:
+            self.close()
+            return
+        is_gone = self._is_deaf or not takes_replies(self._fileno)
+        was_cut_off = is_gone and not self._has_ended and not asks_to_quit(self.ac_in_buffer)
+        if was_cut_off or not self._has_work():
+            self.close()
+            return
+        if is_gone:
+            self._be_deaf()
+        else:
+            self._listen_for(0)
+        if not self._has_ended:
+            self._has_ended = True
+            self.call_later(LAST_WORDS, self._stop_waiting)
+            if self._task is None:
+                self._soon(self._run_commands)
+
+    def _be_deaf(self) -> None:
+        """Say no more; a command that nobody needs the answer of is given up."""
+        self._is_deaf = True
+        self.discard_buffers()
+        self.del_channel()
+        if self._task is not None and self._task.may_be_aborted:
+            self._task.abandon()
+
+    def _has_work(self) -> bool:
+        """Tell whether something is left to be done for a client that will say no more."""
+        return self._task is not None or b"\n" in self.ac_in_buffer or self._awaits_reply()
+
+    def _awaits_reply(self) -> bool:
+        """Tell whether a transfer goes on although the client has ended its side of the control connection."""
+        return False
+
+    def _close_if_done(self) -> None:
+        """Disconnect a client that will say no more, once all that it had said is answered."""
+        if not self._closed and not self._is_over() and not self._has_work():
+            self.close_when_done()
+
+    def _stop_waiting(self) -> None:
+        """Disconnect a client that will say no more, and whose command still waits; a transfer may go on."""
+        if self._awaits_reply():
+            self.call_later(LAST_WORDS, self._stop_waiting)
+        else:
+            self.close()
+
     def handle_timeout(self) -> None:
         """Called when the client has said nothing for `timeout` seconds; one who waits for an answer need not."""
         if self._task is None:
@@ -250,6 +323,77 @@ def has_decrypted(connection: Any) -> bool:
     """Tell whether TLS holds bytes of the client's that are decrypted already; always no without TLS."""
     pending = getattr(connection, "pending", None)
     return pending is not None and bool(pending())
+
+
+def takes_replies(descriptor: int) -> bool:
+    """Tell whether a connection still takes what is sent: at the most the client's own side has ended."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return not poll.poll(0)
+
+
+def is_ended(session: Any, patience: float = 0.0) -> bool:
+    """Tell whether the client has ended its side of the control connection, or does within `patience` seconds."""
+    if session._closed or not session.connected:
+        return True
+    poll = select.poll()
+    if hasattr(select, "POLLRDHUP"):
+        poll.register(session._fileno, select.POLLRDHUP)
+        return bool(poll.poll(patience * 1000))
+    poll.register(session._fileno, select.POLLIN)  # macOS
+    return bool(poll.poll(patience * 1000)) and not _has_bytes(session._fileno)
+
+
+def _has_bytes(descriptor: int) -> bool:
+    """Tell whether what a readable connection has to say is more than that it ended."""
+    with socket.socket(fileno=os.dup(descriptor)) as probe:
+        try:
+            return bool(probe.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+
+class Announced(enum.Enum):
+    """What a client has said behind the command that is being done, before the loop has read it."""
+
+    NOTHING = "nothing that tells how the client means the end of its data connection"
+    COMMAND = "a command that comes after an upload, so that the upload is complete"
+    ABORT = "that the upload is to be aborted"
+
+
+def announced(session: Any) -> Announced:
+    """Return what the client of an upload that has ended has said since.
+
+    The loop may hear of the ends of the two connections in either order, and of what was said before them after them:
+    many devices hang up as soon as they have said QUIT.
+    """
+    if session._closed:
+        return Announced.NOTHING
+    if session._quit_pending:
+        return Announced.COMMAND
+    *lines, _ = (session.ac_in_buffer + _unread(session)).split(b"\n")
+    for line in lines[1:] if getattr(session, "_is_overlong", False) else lines:
+        if asks_to_abort(line + b"\n"):
+            return Announced.ABORT
+        if line.strip() and line.split()[0].upper() not in IN_TRANSFER:
+            return Announced.COMMAND
+    return Announced.NOTHING
+
+
+def _unread(session: Any) -> bytes:
+    """Return what has arrived on a control connection and is not read yet."""
+    try:
+        waiting: bytes = session.socket.recv(PEEK, socket.MSG_PEEK)
+    except (OSError, SSL.Error):  # nothing waits
+        return b""
+    if has_decrypted(session.socket):  # by having been looked at, so that no event tells of it any more
+        session.ioloop.call_later(0, session.handle_read_event, _errback=session.handle_error)
+    return waiting
+
+
+def asks_to_quit(waiting: bytes) -> bool:
+    """Tell whether a QUIT is among the commands."""
+    return any(line.strip().upper() == b"QUIT" for line in waiting.split(b"\n")[:-1])
 
 
 def asks_to_abort(waiting: bytes) -> bool:

@@ -28,7 +28,7 @@ from ftpvfs.server.offload import Abandoned, current_task
 from ftpvfs.server.public_address import PublicAddress
 from ftpvfs.server.throttle import Rates
 from ftpvfs.server.tls import TLSControl
-from ftpvfs.server.transfer import NO_SPACE, Stage, TLS_VFSDTPHandler, VFSDTPHandler
+from ftpvfs.server.transfer import INTERNAL_ERROR, NO_SPACE, Stage, TLS_VFSDTPHandler, VFSDTPHandler
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ class VFSHandler(Limited, PublicAddress, Login):
     failure: OSError | None = None
     # Bytes that ALLO has announced.
     _allocated = 0
+    # Whether a 1xx was sent whose transfer has not had its final reply: exactly one is due, whatever fails.
+    _owes_reply = False
     # Done when the last broken upload is put away, which may take longer than its answer.
     given_up: Future[None] | None = None
     _local_address: tuple[Any, ...] | None = None
@@ -108,16 +110,41 @@ class VFSHandler(Limited, PublicAddress, Login):
     # --- replies and the log
 
     def respond(self, resp: str, logfun: Any = session_logger.debug) -> None:
-        """Send a reply; a 550 gets the code that its reason deserves."""
+        """Send a reply; a 550 gets the code that its reason deserves. After a 1xx a transfer's final reply is owed."""
+        if resp.startswith("1"):
+            self._owes_reply = True
         if self.failure is not None and resp[:4] in {"550 ", "450 "}:
             resp = f"{reply_code(self.failure)} {resp[4:]}"
         super().respond(resp, logfun)
 
     def answer_transfer(self, resp: str, logfun: Any = session_logger.debug) -> None:
-        """Send the reply that ends a transfer, which is none to the command that runs meanwhile."""
+        """Send the reply that ends a transfer, unless it was sent; it is no reply to a command that runs meanwhile."""
+        if not self._owes_reply:
+            return
+        self._owes_reply = False
         last = self._last_response
-        super().respond(resp, logfun)
+        try:
+            super().respond(resp, logfun)
+        except Exception:  # noqa: BLE001 - nobody knows what of it was sent: the end of the session says that it failed
+            self.log_exception(self)
+            self.close()
         self._last_response = last
+
+    def _fail_transfer(self) -> None:
+        """End the transfer that the exception which is being handled has left undone, with its one reply."""
+        if self._closed or not self._owes_reply:
+            return
+        reply, log = INTERNAL_ERROR
+        channel = self.data_channel
+        try:
+            if isinstance(channel, VFSDTPHandler):
+                channel.handle_error()
+                if not channel._closed:  # it is answered once it is published, or TLS has said goodbye
+                    return
+            self._drop_queued(reply)
+        except Exception:  # noqa: BLE001 - the reply is still owed
+            self.log_exception(self)
+        self.answer_transfer(reply, log)
 
     def log(self, msg: str, logfun: Any = session_logger.info) -> None:
         """Log for the session; a name that is not UTF-8 is written with escapes."""
@@ -146,8 +173,10 @@ class VFSHandler(Limited, PublicAddress, Login):
             if self._closed:  # by the client, in the middle of it
                 return
             self.log_exception(self)
-            if not self._last_response or self._last_response.startswith("1"):
+            if not self._last_response:
                 self.respond("451 Internal error.")
+            elif self._last_response.startswith("1"):
+                self._fail_transfer()
         finally:
             if cmd in TRANSFERS and not self._closed:
                 self._restart_position = 0  # REST is for the one command after it, also when that is refused
@@ -181,7 +210,14 @@ class VFSHandler(Limited, PublicAddress, Login):
             return
         outcome = channel.foresee_outcome()
         if outcome is not None and (cmd != "ABOR" or channel.stage is Stage.SETTLING):
+            channel.confirm_end()
             task.wait(outcome)
+
+    def _await_answer(self, channel: VFSDTPHandler) -> None:
+        """Let the reply to a transfer that was just broken off come first; a thread may still have its file."""
+        task = current_task()
+        if task is not None and channel.outcome is not None and not channel.outcome.done():
+            task.wait(channel.outcome)
 
     def _await_giving_up(self) -> None:
         task, given_up = current_task(), self.given_up
@@ -262,7 +298,7 @@ class VFSHandler(Limited, PublicAddress, Login):
         file = self._in_dtp_queue[0] if self._in_dtp_queue is not None else self._out_dtp_queue[2]
         self._in_dtp_queue = self._out_dtp_queue = None
         if not self._closed:
-            self.respond(reply)
+            self.answer_transfer(reply)
         if file is not None:
             file.close()
 
@@ -279,14 +315,36 @@ class VFSHandler(Limited, PublicAddress, Login):
         self._shutdown_connecting_dtp()
         if channel is not None:
             channel.break_off("Aborted by the client")
+            self._await_answer(channel)
         if was_transferring:
             self.respond("226 ABOR command successful.")
         else:
             self.respond("225 ABOR command successful; data channel closed.")
 
+    def _on_dtp_connection(self) -> None:
+        try:
+            super()._on_dtp_connection()
+        except Exception:  # noqa: BLE001 - logged with its traceback; the transfer that waited is answered
+            self.log_exception(self)
+            self._fail_transfer()
+
     def _on_dtp_close(self) -> None:
-        if not self._closed:  # pyftpdlib would begin to time a session that is no more
-            super()._on_dtp_close()
+        if self._closed:  # pyftpdlib would begin to time a session that is no more
+            return
+        self.answer_transfer(*INTERNAL_ERROR)  # where the connection could not say itself what came of the transfer
+        super()._on_dtp_close()
+        if self._has_ended:
+            self._close_if_done()
+
+    def _awaits_reply(self) -> bool:
+        """Tell whether a transfer goes on although the client has ended its side of the control connection.
+
+        One in the midst of its bytes does not, unless more was said before that end: so a killed client looks.
+        """
+        channel = self.data_channel
+        if not isinstance(channel, VFSDTPHandler) or not channel.is_busy:
+            return False
+        return self._has_ended or channel.stage is not Stage.MOVING
 
     def ftp_QUIT(self, line: str) -> None:
         """Say goodbye, after the word on a transfer whose data connection has not come; one that runs is let finish."""

@@ -76,6 +76,41 @@ class Loop(IOLoop):  # type: ignore[misc,valid-type,unused-ignore]
 
     # --- turns
 
+    def poll(self, timeout: float | None) -> None:
+        """Serve all for whom something has come. What fails for one of them is that one's end, and nobody else's.
+
+        pyftpdlib's own guards reading and writing alone: what fails as a connection ends would end the whole loop.
+        """
+        if not isinstance(self, _POLLS):
+            super().poll(timeout)
+            return
+        for descriptor, event in self._poller.poll(-1 if timeout is None else timeout):
+            channel = self.socket_map.get(descriptor)
+            if channel is not None:
+                try:
+                    self._serve(channel, event)
+                except Exception:  # noqa: BLE001 - logged by the channel
+                    self._give_up(channel)
+
+    def _serve(self, channel: Any, event: int) -> None:
+        if event & self._ERROR and not event & self.READ:
+            channel.handle_close()
+            return
+        if event & self.READ and channel.readable():
+            channel.handle_read_event()
+        if event & self.WRITE and channel.writable():
+            channel.handle_write_event()
+
+    def _give_up(self, channel: Any) -> None:
+        """Let a channel deal with the exception that is being handled; close one that cannot."""
+        try:
+            channel.handle_error()
+        except Exception:
+            logger.exception("unhandled exception in %r", channel)
+            self.forget(channel)
+            with contextlib.suppress(OSError):
+                channel.socket.close()
+
     def loop(self, timeout: float | None = None, blocking: bool = True) -> float | None:
         """Serve until nobody is left to serve, or with `blocking` false for one turn; then return when the next is due.
 
@@ -199,6 +234,7 @@ class _Watchdog:
         self._is_over.set()
 
 
+_POLLS: tuple[type, ...] = tuple(getattr(ioloop, name) for name in ("Poll", "Epoll") if hasattr(ioloop, name))
 _SYSTEM_FORGETS: tuple[type, ...] = (ioloop.Epoll,) if hasattr(ioloop, "Epoll") else ()
 
 

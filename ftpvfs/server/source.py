@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ftpvfs.errors import ECHANGED, failure
+from ftpvfs.readiness import Bytes, Readiness
 
 # What one call sends at the most: a turn of the loop costs as much as a send.
 SEND = 2**20
@@ -17,15 +18,19 @@ STEP = 256 * 1024
 class FileSource:
     """Bytes that stand in a file of this machine: the kernel sends them, as far as they are there."""
 
+    # Whether other bytes are sent than the file's own.
+    converts = False
+
     def __init__(self, file: Any, channel: Any) -> None:
         self._file = file
         self._channel = channel
         self._count = 0
 
-    def fill(self) -> bool:
-        """Tell whether there is something to send now."""
-        self._count = min(self._file.ready(), SEND)
-        return self._count > 0
+    def fill(self) -> Readiness:
+        """Return whether there are bytes to send now, what to await before there are, or that all are sent."""
+        found: Readiness = self._file.poll()
+        self._count = min(found.count, SEND) if isinstance(found, Bytes) else 0
+        return found
 
     def send(self, most: int = SEND) -> bool:
         """Send; tell whether the connection may take more. Raises BlockingIOError where it takes nothing."""
@@ -48,9 +53,17 @@ class ViewSource:
         self._convert = convert
         self._views: list[memoryview] = []
 
-    def fill(self) -> bool:
-        """Tell whether there is something to send now."""
-        while not self._views and self._file.ready():
+    @property
+    def converts(self) -> bool:
+        """Whether other bytes are sent than the file's own."""
+        return self._convert is not None
+
+    def fill(self) -> Readiness:
+        """Return whether there are bytes to send now, what to await before there are, or that all are sent."""
+        while not self._views:
+            found: Readiness = self._file.poll()
+            if not isinstance(found, Bytes):
+                return found
             views = self._file.take_views(SEND)
             if not views:
                 raise failure(ECHANGED, self._file.path, "The file became shorter while it was sent")
@@ -58,7 +71,7 @@ class ViewSource:
                 converted = (memoryview(self._convert(bytes(view))) for view in views)
                 views = [view for view in converted if view]
             self._views = views
-        return bool(self._views)
+        return Bytes(sum(map(len, self._views)))
 
     def send(self, most: int = SEND) -> bool:
         """Send; tell whether the connection may take more. Raises BlockingIOError where it takes nothing."""

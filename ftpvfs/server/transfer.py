@@ -11,7 +11,6 @@ from __future__ import annotations
 import enum
 import errno
 import logging
-import os
 import select
 import socket
 import sys
@@ -26,8 +25,9 @@ from pyftpdlib.handlers.ftp.producers import FileProducer
 from pyftpdlib.ioloop import _ERRNOS_DISCONNECTED, _ERRNOS_RETRY, AsyncChat
 from pyftpdlib.utils import is_ssl_sock
 
-from ftpvfs.errors import EFULL, reason_of
-from ftpvfs.server.commands import asks_to_abort, has_decrypted
+from ftpvfs.errors import EFULL, failure, reason_of
+from ftpvfs.readiness import Awaited, Bytes
+from ftpvfs.server.commands import Announced, announced, is_ended
 from ftpvfs.server.loop import is_watched, leave_loop
 from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
 from ftpvfs.server.source import SEND, STEP, FileSource, NetworkText, TLSSource, ViewSource
@@ -44,16 +44,31 @@ SENDS = 4
 NO_SPACE = {EFULL: 452, errno.ENOSPC: 552, getattr(errno, "EDQUOT", errno.ENOSPC): 552, errno.EFBIG: 552}
 # What no other try will change; 451 would have a client send all again.
 FOR_GOOD = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
-# How much of what a client has said on its control connection is searched for an ABOR.
-PEEK = 4096
+# Seconds between the ends of a killed client's two connections, which its system closes one after the other (measured
+# on Linux: 0.03 ms; on a machine that is out of processors a turn of its scheduler).
+EXIT_GAP = 0.002
+# What the network adds to that: TCP itself takes an answer for late after its round-trip time and four times the
+# variation of that (RFC 6298, section 2); here two packets travel the same way, so that the variation alone counts.
+VARIATIONS = 4
+MOST_PATIENCE = 0.25
+# Offset of tcpi_rttvar, microseconds, in Linux' struct tcp_info.
+RTTVAR_OFFSET = 72
+
+
+INTERNAL_ERROR = ("451 Internal error; transfer aborted.", logger.warning)
+
+
+class BrokenOff(Exception):
+    """An upload was given up whose end was no proper one. No OSError: the store has nothing to do with it."""
 
 
 class Stage(enum.Enum):
     """How far a transfer is."""
 
     MOVING = "bytes come or go, or are still to"
-    ENDED = "the client has ended its upload; it is seen whether it meant that"
+    ENDED = "the client has ended its upload; it is seen whether it meant that, while the file is made ready"
     SETTLING = "the file is being published, or a download verified"
+    SETTLED = "it is known what came of the transfer"
 
 
 class VFSDTPHandler(DTPHandler):
@@ -70,11 +85,10 @@ class VFSDTPHandler(DTPHandler):
     _current_io_events: int
     # Tells the filesystem that `commit` is called, so that closing alone need not publish.
     commits = True
-    # Seconds for which an upload that has ended waits for the end of the control connection. A client that is killed
-    # ends both as an upload ends, the data connection first (measured on Linux: 0.03 ms before the other, up to 8 ms on
-    # a machine with twice the load that it bears). Longer is safer where packets get lost; every upload takes so much
-    # longer, and with a plain FTPServer everything else waits, too.
-    patience = 0.01
+    # Seconds from the end of an upload within which the control connection may end, too, and show that the client was
+    # killed; None: as the control connection's own round trips suggest. Meanwhile the file is made ready, so that a
+    # short patience costs no time; a longer one is safer where packets get lost.
+    patience: float | None = None
     ac_in_buffer_size = STEP
     ac_out_buffer_size = STEP
 
@@ -89,6 +103,14 @@ class VFSDTPHandler(DTPHandler):
     _errand: Task | None = None
     # What keeps the transfer to a rate.
     _throttle: Throttle | None = None
+    # Where the bytes that are sent begin.
+    _first = 0
+    # Why an upload that has ended is given up, "" where it is to be published; None before its end.
+    _verdict: Future[str] | None = None
+    # Why the transfer was broken off.
+    _reason = ""
+    # Whether the client has shown, by what it says on its control connection, that it means the end of its upload.
+    _is_meant = False
 
     @property
     def is_busy(self) -> bool:
@@ -244,59 +266,114 @@ class VFSDTPHandler(DTPHandler):
         return self.outcome
 
     def _end_upload(self) -> None:
-        """The data connection has ended cleanly; see whether the control connection goes on."""
+        """The data connection has ended cleanly: make the file ready, and see whether the control connection goes on.
+        """
         self.stage = Stage.ENDED
         self.outcome = self.outcome or Future()
-        self.del_channel()
-        if self._offload is None or not self.patience:
-            self._commit_if_meant(self.patience)
-        else:
-            self.call_later(self.patience, self._commit_if_meant)
+        self._verdict = Future()
+        try:
+            self.del_channel()
+            self._judge()
+            if not self._verdict.done():
+                self._judge_again()
+            self._settle(self._publish, Stage.ENDED)
+        except BaseException:
+            self.stage = Stage.SETTLED  # no thread has the file
+            raise
 
-    def _commit_if_meant(self, patience: float = 0.0) -> None:
-        if not is_alive(self.cmd_channel, patience):
-            self.break_off("The control connection is gone")
-        elif wants_to_abort(self.cmd_channel):
-            self.break_off("Aborted by the client")
+    def _judge_again(self) -> None:
+        """Judge for the last time once the client's control connection has had time to end."""
+        if self._offload is not None:
+            self.call_later(self._patience(), self._judge, is_last=True)
         else:
-            self._settle(self._publish)
+            is_ended(self.cmd_channel, self._patience())  # waits; what it finds is looked at next
+            self._judge(is_last=True)
+
+    def _patience(self) -> float:
+        return patience_for(self.cmd_channel.socket) if self.patience is None else self.patience
+
+    def confirm_end(self) -> None:
+        """The client goes on with other commands, so that it means the end of its upload."""
+        self._is_meant = True
+        if self.stage is Stage.ENDED:
+            self._judge()
+
+    def _judge(self, is_last: bool = False) -> None:
+        """Decide whether the client means the end of its upload, where what it says tells, or is not waited for."""
+        if self._verdict is None or self._verdict.done():
+            return
+        session = self.cmd_channel
+        said = announced(session)
+        if said is Announced.ABORT:
+            self._decide("Aborted by the client")
+        elif self._is_meant or said is Announced.COMMAND:
+            self._decide("")
+        elif is_ended(session):
+            self._decide("The control connection is gone")
+        elif is_last or self._tells_its_end():
+            self._decide("")
+
+    def _tells_its_end(self) -> bool:
+        """Tell whether only a client that means it ends the data connection so."""
+        return False
+
+    def _decide(self, reason: str) -> None:
+        if self._verdict is not None and not self._verdict.done():
+            self.stage = Stage.SETTLING
+            self._verdict.set_result(reason)
 
     def _publish(self) -> None:
         if self._had_cr:  # pyftpdlib keeps a CR back to see whether an LF follows, and forgets the last one
             self.file_obj.write(b"\r")
-        commit = getattr(self.file_obj, "commit", self.file_obj.close)
-        commit()
+        if hasattr(self.file_obj, "commit"):
+            self.file_obj.commit(self._confirm)
+        else:
+            self._confirm()
+            self.file_obj.close()
 
-    def _settle(self, last_step: Callable[[], object]) -> None:
+    def _confirm(self) -> None:
+        """Wait until it is decided that the upload is to be published; raise `BrokenOff` where it is not."""
+        assert self._verdict is not None
+        reason = self._verdict.result()
+        if reason:
+            raise BrokenOff(reason)
+
+    def _settle(self, last_step: Callable[[], object], stage: Stage = Stage.SETTLING) -> None:
         """Do what may take a while and decides about the transfer; then answer it."""
-        self.stage = Stage.SETTLING
         offload = self._offload
         if offload is None:
+            self.stage = stage
             self._settled(last_step)
-        else:
-            store = self._store
-            task = offload.task(lambda: self._settled(lambda: task.call(store, last_step, changes=True)))
-            task.start()
+            return
+        store = self._store
+        task = offload.task(lambda: self._settled(lambda: task.call(store, last_step, changes=True)))
+        if self.stage is not Stage.SETTLING:  # it may be decided already
+            self.stage = stage
+        task.start()
 
     def _settled(self, last_step: Callable[[], object]) -> None:
         try:
             last_step()
+            self._succeed()
+        except BrokenOff as broken:
+            self._resp = (f"426 {broken}; transfer aborted.", logger.info)
         except OSError as error:
             self._resp = (failure_reply(error), logger.warning)
         except Abandoned:  # the server ends; a thread still has the file
+            self._decide("The server ends")
             self.file_obj = None
         except Exception:  # noqa: BLE001 - logged with its traceback; the client hears that it failed
+            self._resp = INTERNAL_ERROR
             self.log_exception(self)
-            self._resp = ("451 Internal error; transfer aborted.", logger.warning)
-        else:
-            self._succeed()
-        self.stage = Stage.ENDED
-        self.close()
+        finally:
+            self.stage = Stage.SETTLED
+            self.close()
 
     # --- downloads
 
     def push_with_producer(self, producer: Any) -> None:
         """Send a file without copying its bytes, unless ASCII type rewrites them."""
+        self._initialized = True  # first of all: whatever fails from here on is answered
         if isinstance(producer, FileProducer):
             if hasattr(producer.file, "take_views"):
                 self._send_from(self._source_of(producer.file, producer.type))
@@ -318,8 +395,8 @@ class VFSDTPHandler(DTPHandler):
         return False
 
     def _send_from(self, source: FileSource | ViewSource) -> None:
-        self._initialized = True
         self._source = source
+        self._first = self.file_obj.tell()
         self._begin_throttled()
         if self._ssl_accepting or self._flow():
             self._want(self.ioloop.WRITE)
@@ -365,19 +442,19 @@ class VFSDTPHandler(DTPHandler):
         """Tell whether there are bytes to send; where not, they are awaited, or the transfer ends here."""
         while True:
             try:
-                if source.fill() if self._offload is None else without_waiting(source.fill):
-                    return True
-                pending = self.file_obj.pending()
+                found = source.fill() if self._offload is None else without_waiting(source.fill)
             except WouldWait:
                 self._catch_up()
                 return False
-            if pending is None:
+            if isinstance(found, Bytes):
+                return True
+            if not isinstance(found, Awaited):
                 self._end_download()
                 return False
             if self._offload is not None:
-                self._sleep(pending)
+                self._sleep(found.future)
                 return False
-            wait([pending])
+            wait([found.future])
 
     def _catch_up(self) -> None:
         """Let a thread settle what keeps the file from being ready; then go on."""
@@ -386,7 +463,7 @@ class VFSDTPHandler(DTPHandler):
 
         def ask() -> None:
             try:
-                task.call(store, self.file_obj.ready)
+                task.call(store, self.file_obj.poll)
             except Abandoned:
                 return
             except Exception:  # noqa: BLE001 - answered there
@@ -399,6 +476,8 @@ class VFSDTPHandler(DTPHandler):
 
     def _end_download(self) -> None:
         self.discard_buffers()
+        if self._source is not None:
+            self._require_all(self._source)
         if not hasattr(self.file_obj, "verify"):
             self._settled(lambda: None)
         elif self._offload is None:
@@ -413,6 +492,16 @@ class VFSDTPHandler(DTPHandler):
                 self._fail(error)
             else:
                 self._settled(lambda: None)
+
+    def _require_all(self, source: FileSource | ViewSource) -> None:
+        """Raise EIO unless all of the version was sent, from where the transfer began to its last byte.
+
+        What ASCII type makes of a file has another length than the file, so that there its own bytes are counted.
+        """
+        file = self.file_obj
+        sent = file.tell() - self._first if source.converts else self.tot_bytes_sent
+        if sent != file.size - self._first:
+            raise failure(errno.EIO, file.path, f"{sent} of {file.size - self._first} bytes were sent")
 
     def handle_close(self) -> None:
         """Called when all of a listing is sent, or when the connection broke; never the end of an upload."""
@@ -438,7 +527,8 @@ class VFSDTPHandler(DTPHandler):
 
     def break_off(self, reason: str) -> None:
         """End the transfer at once and unfinished; one whose outcome stands already keeps it."""
-        if not self._resp:
+        self._reason = self._reason or reason
+        if not self._resp and self.stage is not Stage.ENDED:
             self._resp = (f"426 {reason}; transfer aborted.", logger.info)
         self.close()
 
@@ -464,8 +554,8 @@ class VFSDTPHandler(DTPHandler):
         elif isinstance(error, OSError):
             self._fail(error)
         else:
+            self._resp = INTERNAL_ERROR
             self.log_exception(self)
-            self._resp = ("451 Internal error; transfer aborted.", logger.warning)
             self.close()
 
     def close(self) -> None:
@@ -476,31 +566,44 @@ class VFSDTPHandler(DTPHandler):
         """
         if self._closed or self.stage is Stage.SETTLING:
             return
-        leave_loop(self)
-        AsyncChat.close(self)  # RFC 959 wants it before the reply
+        if self.stage is Stage.ENDED:  # a thread has the file, and is through with it soon
+            self._decide(self._reason or "The transfer was broken off")
+            return
+        try:
+            for step in (self._disconnect, self._answer, self._release_file, self._tell):
+                self._attempt(step)
+        finally:
+            if getattr(self.cmd_channel, "data_channel", self) in (self, None):
+                self._attempt(self.cmd_channel._on_dtp_close)
+            if self.outcome is not None and not self.outcome.done():
+                self.outcome.set_result(None)
+
+    def _attempt(self, step: Callable[[], object]) -> None:
+        """Do one of the steps of the end; the others are done all the same when it fails."""
+        try:
+            step()
+        except Exception:  # noqa: BLE001 - a callback of the embedding program's, or a mistake, must not keep the answer
+            self.log_exception(self)
+
+    def _disconnect(self) -> None:
+        """Close the connection, which RFC 959 wants before the reply."""
+        try:
+            leave_loop(self)
+        finally:
+            AsyncChat.close(self)
         if self._idler is not None and not self._idler.cancelled:
             self._idler.cancel()
         if self._errand is not None and self._errand is not current_task():
             self._errand.abandon()
-        try:
-            self._answer()
-            self._release_file()
-            self._tell()
-        except Exception:  # noqa: BLE001 - a callback of the embedding program's must not end the session
-            self.log_exception(self)
-        finally:
-            if getattr(self.cmd_channel, "data_channel", self) in (self, None):
-                self.cmd_channel._on_dtp_close()
-            if self.outcome is not None:
-                self.outcome.set_result(None)
 
     def _answer(self) -> None:
         session = self.cmd_channel
-        if not self._resp and getattr(session, "leaves_answers", False):  # pyftpdlib's own handler speaks for itself
-            self._resp = ("426 Transfer aborted.", logger.info)
-        if self._resp and self.is_busy and not session._closed:
-            answer = getattr(session, "answer_transfer", session.respond)
-            answer(self._resp[0], logfun=self._resp[1])
+        if session._closed:
+            return
+        if getattr(session, "leaves_answers", False):
+            session.answer_transfer(*(self._resp or ("426 Transfer aborted.", logger.info)))
+        elif self._resp and self.is_busy:  # pyftpdlib's own handler speaks for itself where nothing is said here
+            session.respond(self._resp[0], logfun=self._resp[1])
 
     def _release_file(self) -> None:
         file = self.file_obj
@@ -541,6 +644,10 @@ class TLS_VFSDTPHandler(TLSData, VFSDTPHandler):
         """Return what has arrived, empty at a clean end. Raises OSError where the connection broke."""
         return (TLSData if is_ssl_sock(self.socket) else VFSDTPHandler).recv(self, buffer_size)
 
+    def _tells_its_end(self) -> bool:
+        """A client that is killed says no close_notify; without it only `--tls-strict-eof off` takes an end for one."""
+        return is_ssl_sock(self.socket) and getattr(self.cmd_channel, "tls_strict_eof", True)
+
     def secure_connection(self, ssl_context: Any) -> None:
         """Begin TLS; the client's part of the handshake comes before the command, or after it."""
         super().secure_connection(ssl_context)
@@ -563,7 +670,8 @@ class TLS_VFSDTPHandler(TLSData, VFSDTPHandler):
 
         After an upload that failed as well: some clients wait for it, and take its absence for the failure.
         """
-        if self.stage is Stage.SETTLING:
+        if self.stage in {Stage.ENDED, Stage.SETTLING}:
+            VFSDTPHandler.close(self)
             return
         if self.cmd_channel._closed or not (self.transfer_finished or self.receive):
             self._error = True  # pyftpdlib's mark that TLS is not shut down any more
@@ -605,39 +713,16 @@ def failure_reply(error: OSError) -> str:
     return f"{code} {reason_of(error)}; transfer aborted."
 
 
-def is_alive(cmd_channel: Any, patience: float = 0.0) -> bool:
-    """Tell whether the client still holds its control connection open, `patience` seconds from now."""
-    if cmd_channel._closed or not cmd_channel.connected:
-        return False
-    poll = select.poll()
-    if hasattr(select, "POLLRDHUP"):
-        poll.register(cmd_channel._fileno, select.POLLRDHUP)
-        return not poll.poll(patience * 1000)
-    poll.register(cmd_channel._fileno, select.POLLIN)  # macOS
-    return not poll.poll(patience * 1000) or _has_bytes(cmd_channel._fileno)
+def patience_for(connection: Any) -> float:
+    """Return for how many seconds, after a data connection's end, the end of this control connection may come.
 
-
-def _has_bytes(descriptor: int) -> bool:
-    """Tell whether what a readable connection has to say is more than that it ended."""
-    with socket.socket(fileno=os.dup(descriptor)) as probe:
-        try:
-            return bool(probe.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except OSError:
-            return False
-
-
-def wants_to_abort(cmd_channel: Any) -> bool:
-    """Tell whether an ABOR waits to be read.
-
-    A client that aborts an upload says ABOR and closes the data connection; the loop may see the two in either order,
-    and what was to be aborted must not be taken for complete.
+    The gap between a killed client's two ends, and what the network adds to it by the kernel's own measurements.
     """
-    if asks_to_abort(cmd_channel.ac_in_buffer):  # behind a command that waits
-        return True
+    if not hasattr(socket, "TCP_INFO"):  # macOS
+        return EXIT_GAP
     try:
-        waiting: bytes = cmd_channel.socket.recv(PEEK, socket.MSG_PEEK)
-    except (OSError, SSL.Error):  # nothing waits
-        return False
-    if has_decrypted(cmd_channel.socket):  # by having been looked at, so that no event tells of it any more
-        cmd_channel.ioloop.call_later(0, cmd_channel.handle_read_event, _errback=cmd_channel.handle_error)
-    return asks_to_abort(waiting)
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, RTTVAR_OFFSET + 4)
+        variation = int.from_bytes(info[RTTVAR_OFFSET:], sys.byteorder) / 1e6
+    except OSError:  # it is gone
+        return EXIT_GAP
+    return min(EXIT_GAP + VARIATIONS * variation, MOST_PATIENCE)

@@ -1,8 +1,8 @@
 """Open files that go through the disk cache: one class for reading, one for writing with or without reading.
 
-Both are lazy: nothing is opened on the disk or asked of the store before the first byte is wanted. Neither waits where
-it says that it does not (`ready`, `pending`, `accept`, `pressure`), so an event loop may call those. What becomes of a
-written file is decided by who gave the callbacks.
+Both are lazy: nothing is asked of the store before the first byte is wanted. Neither waits where it says that it does
+not (`poll`, `accept`, `pressure`), so an event loop may call those. What becomes of a written file is decided by who
+gave the callbacks.
 """
 
 from __future__ import annotations
@@ -18,10 +18,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ftpvfs.backend.backend import Entry
-from ftpvfs.cache.downloader import GONE, TRIES, Reader
+from ftpvfs.cache.downloader import TRIES, Reader
 from ftpvfs.errors import failure
-from ftpvfs.vfs.handle import ReadingHandle, WritingHandle
-from ftpvfs.waiting import Wait, WouldWait, about_to_wait, current_job, limited_to, result_of, shared_result_of
+from ftpvfs.readiness import Awaited, Bytes, Readiness
+from ftpvfs.vfs.handle import Confirm, VersionedHandle, WritingHandle
+from ftpvfs.waiting import (
+    Wait,
+    WouldWait,
+    about_to_wait,
+    current_job,
+    limited_to,
+    result_of,
+    shared_result_of,
+    without_waiting,
+)
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -30,11 +40,10 @@ if TYPE_CHECKING:
 MOST_READ = 2**20
 
 
-class CachedReadHandle(ReadingHandle):
+class CachedReadHandle(VersionedHandle):
     """A file read through the cache, one version from the first byte to the last.
 
-    `open_at(entry)` opens the cached item of a version; `refresh()` asks the store for the version it has now, which
-    is read while no byte has been handed out (None: there is no other, the file is here alone).
+    `open_at(entry)` opens the cached item of a version.
     """
 
     def __init__(
@@ -47,34 +56,28 @@ class CachedReadHandle(ReadingHandle):
         *,
         seekable: bool = True,
     ) -> None:
-        super().__init__(path, name, seekable=seekable)
-        self.entry = entry
+        super().__init__(path, name, entry, refresh, seekable=seekable)
         self._open_at = open_at
-        self._refresh = refresh
         self._reader: Reader | None = None
-        self._pinned = False
         self._is_outdated = False
+
+    def hold_version(self) -> None:
+        """Open the cached item where that needs no waiting: it can then be read whoever replaces or deletes the file.
+
+        What cannot be opened, or not at once, is opened when the first byte is wanted.
+        """
+        with suppress(WouldWait, OSError):
+            without_waiting(self._opened)
 
     # --- for an event loop
 
-    def descriptor(self) -> int | None:
-        """Return the data file, in which the file's bytes stand at their own offsets; only what is `ready` is there."""
-        self._check_open()
-        return self._opened().item.descriptor
-
-    def ready(self) -> int:
-        """Return how many bytes are here from the position on; 0 at the end, and while they are on their way.
-
-        Raises what has become of the bytes that were waited for: once, since `pending` asks for them again. Has to wait
-        (WouldWait) where the store must be asked which version it has, since the listing's is gone.
+    def descriptor(self) -> int:
+        """Return the data file, in which the file's bytes stand at their own offsets; only what `poll` found is there.
         """
-        self._check_open()
-        return self._ready_at(self._position)
+        return self._current().item.descriptor
 
-    def pending(self) -> Future[Any] | None:
-        """Return a future to await while `ready` is 0; None when that has something to tell, and at the end."""
-        self._check_open()
-        return self._pending_at(self._position)
+    def poll(self) -> Readiness:
+        return self._poll_at(self._position)
 
     def advance(self, count: int) -> None:
         """Go past bytes that were ready and have been sent from the descriptor; what comes next is asked for."""
@@ -94,7 +97,7 @@ class CachedReadHandle(ReadingHandle):
     def fileno(self) -> int:
         """Return the data file once the whole file is in it; before, its holes would be taken for zeros."""
         self._check_open()
-        if not self._opened().item.complete or (self.size and not self._ready_at(0)):
+        if not self._current().item.complete or (self.size and not isinstance(self._poll_at(0), Bytes)):
             raise self._unsupported("The file is not yet whole in the cache")
         return self._opened().item.descriptor
 
@@ -109,11 +112,10 @@ class CachedReadHandle(ReadingHandle):
 
     def take_at(self, offset: int, limit: int) -> memoryview:
         """The same from any offset on, wherever the position is."""
-        self._check_open()
         count = self._awaited(offset) if limit > 0 else 0
         if not count:
             return memoryview(b"")
-        reader = self._opened()
+        reader = self._current()
         data = os.pread(reader.item.descriptor, min(limit, count, MOST_READ), offset)
         if not data:
             raise failure(errno.EIO, self.path, "The data file in the cache is shorter than it should be")
@@ -135,10 +137,10 @@ class CachedReadHandle(ReadingHandle):
     def _fill_on(self, done: Future[None]) -> None:
         try:
             while (offset := self._first_missing()) is not None:
-                if not self._ready_at(offset) and (future := self._pending_at(offset)) is not None:
+                if isinstance(found := self._poll_at(offset), Awaited):
                     # Not in the thread that completes it, which may be the store's: there may be a question to ask.
-                    go_on = partial(self._opened().run, partial(self._fill_on, done))
-                    future.add_done_callback(lambda _, go_on=go_on: go_on())  # type: ignore[misc]
+                    go_on = partial(self._current().run, partial(self._fill_on, done))
+                    found.future.add_done_callback(lambda _, go_on=go_on: go_on())  # type: ignore[misc]
                     return
         except BaseException as error:  # noqa: BLE001 - it belongs to who waits
             _finish(done, error)
@@ -146,14 +148,13 @@ class CachedReadHandle(ReadingHandle):
             _finish(done)
 
     def _first_missing(self) -> int | None:
-        self._check_open()
-        missing = (0, 0) if self._is_outdated else next(iter(self._opened().item.missing(0, self.size)), None)
+        missing = next(iter(self._current().item.missing(0, self.size)), None)
         return None if missing is None else missing[0]
 
     @property
     def reader(self) -> Reader:
         """The way through the cached item."""
-        return self._opened()
+        return self._current()
 
     # --- which version
 
@@ -164,49 +165,51 @@ class CachedReadHandle(ReadingHandle):
                 self.entry = replace(self.entry, size=self._reader.item.size)
         return self._reader
 
-    def _ready_at(self, offset: int) -> int:
-        if self._is_outdated:
-            self._repin()
-        if offset >= self.size:
-            return 0
-        try:
-            count = self._opened().ready(offset)
-        except OSError as error:
-            self._is_outdated = not self._pinned and self._refresh is not None and error.errno in GONE
-            if not self._is_outdated:
-                raise
-            return self._ready_at(offset)
-        self._pinned = self._pinned or count > 0
-        return count
+    def _current(self) -> Reader:
+        """Return the way through the item of a version that is there, a newer one where the one looked up is gone."""
+        self._check_open()
+        while True:
+            try:
+                if self._is_outdated:
+                    self._take_newer()
+                return self._opened()
+            except OSError as error:
+                self._outdate(error)
 
-    def _pending_at(self, offset: int) -> Future[Any] | None:
-        return self._opened().pending(offset) if offset < self.size and not self._is_outdated else None
+    def _poll_at(self, offset: int) -> Readiness:
+        while True:
+            reader = self._current()
+            try:
+                found = reader.poll(offset)
+            except OSError as error:
+                self._outdate(error)
+            else:
+                self._pinned = self._pinned or isinstance(found, Bytes)
+                return found
+
+    def _outdate(self, error: OSError) -> None:
+        """Note that the version is gone of which nobody has seen a byte; raise any other error."""
+        if self._is_outdated or not self._may_take_newer(error):
+            raise error
+        self._is_outdated = True
+
+    def _take_newer(self) -> None:
+        entry = self._newer_version()
+        self._is_outdated = False
+        self._drop_reader()
+        self.entry = entry
 
     def _awaited(self, offset: int) -> int:
         """Return how many bytes are here once there are any, 0 at the end."""
-        while not (count := self._ready_at(offset)):
-            future = self._pending_at(offset)
-            if future is None:
-                if offset >= self.size:
-                    return 0
-                continue  # bytes have come since, or an error to be raised
+        while isinstance(found := self._poll_at(offset), Awaited):
             about_to_wait(Wait.STORE)
             try:
-                result_of(future, self.path)
-            except OSError:  # which `_ready_at` knows what to do about, unless it is that nobody wants to wait any more
-                if not future.done() or _is_unwanted():
+                result_of(found.future, self.path)
+            except OSError:  # which `poll` knows what to do about, unless it is that nobody wants to wait any more
+                if not found.future.done() or _is_unwanted():
                     raise
             self._check_open()
-        return count
-
-    def _repin(self) -> None:
-        """Read the version that the store has now: the listing was old, and nobody has seen a byte of it. Once only."""
-        assert self._refresh is not None
-        about_to_wait(Wait.STORE)
-        entry = self._refresh()
-        self._is_outdated, self._pinned = False, True
-        self._drop_reader()
-        self.entry = entry
+        return found.count if isinstance(found, Bytes) else 0
 
     def _drop_reader(self) -> None:
         reader, self._reader = self._reader, None
@@ -352,7 +355,7 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         flags: int,
         *,
         begin: Callable[[CachedReadHandle | None], D],
-        publish: Callable[[D], None],
+        publish: Callable[[D, Confirm], None],
         give_up: Callable[[D], None],
         run: Callable[[Callable[[], object]], None],
         base: CachedReadHandle | None = None,
@@ -589,9 +592,11 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
 
     # --- the end
 
-    def _publish_all(self) -> None:
+    def _publish_all(self, confirm: Confirm) -> None:
         if self._creates or self._draft is not None or self._preparing is not None:
-            self._publish(self._prepared())
+            self._publish(self._prepared(), confirm)
+        else:
+            confirm()
         self._close_base()
 
     def _give_up(self) -> None:

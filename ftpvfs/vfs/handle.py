@@ -1,7 +1,8 @@
 """Open files: one class for each kind. Binary file objects that belong to one thread at a time.
 
-Who must not wait, as a data channel on an event loop, asks first: `ready` tells how many bytes can be had, `pending`
-what to await before there are some; `accept` takes over bytes, `pressure` tells what to await before there are more.
+Who must not wait, as a data channel on an event loop, asks first: `poll` tells whether there are bytes, what to await
+before there are some, or that the end is reached; `accept` takes over bytes, `pressure` tells what to await before it
+takes more.
 
 A file that is written is published whole by `commit`, or not at all. `close` commits too where the handle was opened
 so (a Python program's `with open(...)`), and gives the new bytes up where an FTP data channel decides
@@ -17,10 +18,11 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ftpvfs.backend.backend import Entry, OpenFile, Pieces, Upload
-from ftpvfs.errors import ECHANGED, failure
+from ftpvfs.backend.backend import Entry, OpenFile, Upload
+from ftpvfs.errors import GONE, failure
+from ftpvfs.readiness import END, Bytes, Readiness
 from ftpvfs.vfs.readahead import ReadAhead
 from ftpvfs.waiting import Wait, about_to_wait
 
@@ -29,10 +31,19 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+# Called before a file becomes visible; raises to have it given up.
+Confirm: TypeAlias = Callable[[], None]
 # What the system takes in one sendmsg (IOV_MAX).
 MOST_VIEWS = 1024
 # What one `read()` of a whole file takes at a time.
 BLOCK = 2**20
+# How often a newer version is looked for before the first byte: a file that is replaced between each question and the
+# request that follows it is given up in the end.
+MOST_REFRESHES = 20
+
+
+def _always() -> None:
+    """Confirm: nobody has anything to say against it."""
 
 
 class Handle(io.RawIOBase):
@@ -60,15 +71,12 @@ class Handle(io.RawIOBase):
         """Return a descriptor in which the file's bytes stand at their own offsets; None where there is none."""
         return None
 
-    def ready(self) -> int:
-        """Return how many bytes can be had from here without waiting; 0 also at the end of the file.
+    def poll(self) -> Readiness:
+        """Return what can be had from the position on without waiting: bytes, a future to await first, or the end.
 
-        Raises why there will be none. May have to wait (`WouldWait`) where the store must be asked what is wrong.
+        Raises why there will be no bytes: once, since the next call asks for them again. Has to wait (`WouldWait`)
+        where the store must be asked which version it has.
         """
-        raise self._unsupported("The file is open for writing alone")
-
-    def pending(self) -> Future[Any] | None:
-        """Return what to await before `ready` tells more; None where it tells of bytes, and at the end of the file."""
         raise self._unsupported("The file is open for writing alone")
 
     def take(self, limit: int) -> memoryview:
@@ -196,11 +204,40 @@ class ReadingHandle(Handle):
         self.close()
 
 
-class ReadHandle(ReadingHandle):
+class VersionedHandle(ReadingHandle):
+    """A file of which the store may have another version by the time that its first byte is wanted.
+
+    Until a byte has been handed out the newer version is taken, however often others replace the file; from the first
+    byte on the handle reads that one version or fails. `refresh()` asks for the version that is there now, None: there
+    is no other.
+    """
+
+    def __init__(
+        self, path: str, name: str, entry: Entry, refresh: Callable[[], Entry] | None, *, seekable: bool = True
+    ) -> None:
+        super().__init__(path, name, seekable=seekable)
+        self.entry = entry
+        self._refresh = refresh
+        self._pinned = False
+        self._refreshes = 0
+
+    def _may_take_newer(self, error: OSError) -> bool:
+        """Tell whether an error means that the version is gone, and another one may be read in its place."""
+        is_gone = error.errno in GONE and not self._pinned
+        return is_gone and self._refresh is not None and self._refreshes < MOST_REFRESHES
+
+    def _newer_version(self) -> Entry:
+        """Return the version that is there now. ENOENT where there is none."""
+        assert self._refresh is not None
+        about_to_wait(Wait.STORE)
+        self._refreshes += 1
+        return self._refresh()
+
+
+class ReadHandle(VersionedHandle):
     """A file streamed from the store, one version from the first byte to the last.
 
-    `open_at(entry, offset)` starts reading a version; `refresh()` asks the store for the version it has now, which is
-    used while nothing has been handed out yet.
+    `open_at(entry, offset)` starts reading a version.
     """
 
     def __init__(
@@ -213,12 +250,9 @@ class ReadHandle(ReadingHandle):
         *,
         seekable: bool = True,
     ) -> None:
-        super().__init__(path, name, seekable=seekable)
-        self.entry = entry
+        super().__init__(path, name, entry, refresh, seekable=seekable)
         self._open_at = open_at
-        self._refresh = refresh
         self._stream: ReadAhead | None = None
-        self._pinned = False
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         before = self._position
@@ -226,18 +260,14 @@ class ReadHandle(ReadingHandle):
             self._drop_stream()
         return self._position
 
-    def ready(self) -> int:
+    def poll(self) -> Readiness:
         self._check_open()
-        if self._position >= self.size:
-            return 0
-        try:
-            return self._ready_stream().ready()
-        except (OSError, CancelledError) as error:
-            self._recover(error)
-            return 0
-
-    def pending(self) -> Future[Pieces] | None:
-        return self._ready_stream().pending() if self._position < self.size else None
+        while self._position < self.size:
+            try:
+                return self._ready_stream().poll()
+            except (OSError, CancelledError) as error:
+                self._recover(error)
+        return END
 
     def take(self, limit: int) -> memoryview:
         """Return up to `limit` bytes without copying them, none at the end of the file.
@@ -262,17 +292,12 @@ class ReadHandle(ReadingHandle):
         if isinstance(error, CancelledError):
             self._drop_stream()
             raise failure(errno.ECANCELED, self.path, "The VFS was closed") from error
-        if self._pinned or error.errno not in {ECHANGED, errno.ENOENT, errno.EINVAL}:
+        if not self._may_take_newer(error):
             self._drop_stream()
             raise error
-        about_to_wait(Wait.STORE)
+        entry = self._newer_version()
         self._drop_stream()
-        self._repin()
-
-    def _repin(self) -> None:
-        """Take the store's present version: the listing was old, and nobody has seen a byte of it. Once only."""
-        self.entry = self._refresh()
-        self._pinned = True
+        self.entry = entry
 
     def _ready_stream(self) -> ReadAhead:
         if self._stream is None:
@@ -331,11 +356,9 @@ class FileHandle(ReadingHandle):
     def descriptor(self) -> int:
         return self.fileno()
 
-    def ready(self) -> int:
-        return max(0, self.size - self._position)
-
-    def pending(self) -> None:
-        """Local bytes are always ready."""
+    def poll(self) -> Readiness:
+        left = self.size - self._position
+        return Bytes(left) if left > 0 else END
 
     def advance(self, count: int) -> None:
         self._position += count
@@ -357,7 +380,7 @@ class WritingHandle(Handle):
         self._failure: BaseException | None = None
         self.committed = False
 
-    def _publish_all(self) -> None:
+    def _publish_all(self, confirm: Confirm) -> None:
         """Publish what was written; on return it is where the open mode promises."""
         raise NotImplementedError
 
@@ -365,17 +388,18 @@ class WritingHandle(Handle):
         """Let go of everything, published or not. May be called again."""
         raise NotImplementedError
 
-    def commit(self) -> None:
+    def commit(self, confirm: Confirm = _always) -> None:
         """Publish what was written, whole; on return it is where the open mode promises, and the handle is closed.
 
-        Raises what went wrong, also with an earlier write; the file that was there before then still is.
+        Raises what went wrong, also with an earlier write; the file that was there before then still is. `confirm` is
+        called when all is ready and nobody sees the file yet; it may wait, and what it raises gives the file up.
         """
         if self.committed:
             return
         self._check_open()
         try:
             self._raise_failure()
-            self._publish_all()
+            self._publish_all(confirm)
             self.committed = True
         finally:
             if not self.committed:
@@ -430,7 +454,7 @@ class WriteHandle(WritingHandle):
         path: str,
         name: str,
         begin: Callable[[], Upload],
-        publish: Callable[[Upload], None],
+        publish: Callable[[Upload, Confirm], None],
         *,
         autocommit: bool,
     ) -> None:
@@ -481,8 +505,8 @@ class WriteHandle(WritingHandle):
             self._upload = self._begin()
         return self._upload
 
-    def _publish_all(self) -> None:
-        self._publish(self._started())
+    def _publish_all(self, confirm: Confirm) -> None:
+        self._publish(self._started(), confirm)
 
     def _give_up(self) -> None:
         upload, self._upload = self._upload, None

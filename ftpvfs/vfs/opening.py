@@ -1,6 +1,7 @@
 """Makes open files: the handle that the table in `openmode` names, with what it reads from and where it publishes.
 
-Nothing here touches the store or the disk; the handles do, when the first byte is wanted or comes.
+Nothing here asks the store; the handles do, when the first byte is wanted or comes. A version that is in the cache is
+held from the opening on.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from ftpvfs.errors import AWAY, ECHANGED, failure
 from ftpvfs.vfs.begun import Begun, is_exclusive
 from ftpvfs.vfs.cached import CachedReadHandle, CachedWriteHandle
 from ftpvfs.vfs.core import CacheParts, Core
-from ftpvfs.vfs.handle import FileHandle, Handle, ReadHandle, WriteHandle
-from ftpvfs.vfs.pending import base_of, local_entry
+from ftpvfs.vfs.handle import Confirm, FileHandle, Handle, ReadHandle, WriteHandle
+from ftpvfs.vfs.pending import base_of, is_local, local_entry
 from ftpvfs.vfs.readahead import ReadAhead
 from ftpvfs.vfs.tee import Tee
 from ftpvfs.waiting import Wait, about_to_wait, result_of
@@ -101,7 +102,9 @@ class Opening:
         def begin() -> Upload:
             return core.backend.upload(path, mtime=self._mtime(), replaces=ABSENT if is_new else ANY)
 
-        def publish(upload: Upload) -> None:
+        def publish(upload: Upload, confirm: Confirm) -> None:
+            upload.prepare()
+            confirm()
             with core.writer(path), _being_new(path, code) if is_new else contextlib.nullcontext():
                 entry = upload.commit()
                 core.replaced(path)
@@ -122,16 +125,20 @@ class Opening:
         path = request.path
 
         def open_at(version: Entry) -> Reader:
+            if is_local(version) and parts.cache.dirty(path) is None:
+                raise failure(ECHANGED, path, "The file was stored or moved meanwhile")
             return parts.downloads.join(parts.cache.open_item(path, version), path, version)
 
-        return CachedReadHandle(
+        handle = CachedReadHandle(
             path,
             request.name,
             _there(request),
             open_at,
-            lambda: self._refreshed(path),
+            lambda: parts.pending.find(path) or self._refreshed(path),
             seekable=not self._options.no_seek,
         )
+        handle.hold_version()
+        return handle
 
     def cached_write(self, request: Request) -> Handle:
         """Open a file for writing, or reading and writing, through the cache."""
@@ -143,7 +150,7 @@ class Opening:
             request.name,
             request.flags,
             begin=lambda read: self._draft(request, read),
-            publish=lambda draft: self._publish(request, draft),
+            publish=lambda draft, confirm: self._publish(request, draft, confirm),
             give_up=lambda draft: draft.abandon(),
             run=self._parts.downloads.run,
             base=base,
@@ -172,7 +179,9 @@ class Opening:
         appends = bool(request.flags & os.O_APPEND) and not request.flags & os.O_TRUNC
         return Begun(request.flags, entry, item, draft.size, only_appended=appends), draft
 
-    def _publish(self, request: Request, tee: Tee) -> None:
+    def _publish(self, request: Request, tee: Tee, confirm: Confirm) -> None:
+        tee.prepare(synced=not self._stores_first)
+        confirm()
         if self._stores_first:
             self._store(request, tee)
         else:

@@ -11,6 +11,7 @@ from ftpvfs.backend.backend import Pieces
 from ftpvfs.backend.chunks import ChunkPolicy, Pace, take_memory
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
 from ftpvfs.memory import MemoryBudget
+from ftpvfs.readiness import END, Awaited, Bytes, Readiness
 
 
 class _Chunk:
@@ -57,14 +58,21 @@ class ReadAhead:
         self._view = memoryview(b"")
         self._held = 0
 
-    def pending(self) -> Future[Pieces] | None:
-        """Return the future to await before `take` gives bytes; None when it gives some, or the end, at once."""
-        if self._view or self._pieces:
-            return None
-        self._ask()
-        if self._chunks and not self._chunks[0].future.done():
-            return self._chunks[0].future
-        return None
+    def poll(self) -> Readiness:
+        """Return what `take` gives without waiting: bytes, nothing before a future is done, or the end.
+
+        Raises what the store did instead of giving the next range.
+        """
+        while not self.has_more:
+            self._ask()
+            if not self._chunks:
+                if self._asked < self._stop:  # a range that is the only one always gets some memory
+                    raise OSError(errno.ENOBUFS, f"No memory for the range from {self._asked} on")
+                return END
+            if not self._chunks[0].future.done():
+                return Awaited(self._chunks[0].future)
+            self._next_chunk()
+        return Bytes(len(self._view) + sum(map(len, self._pieces)))
 
     def take(self, limit: int) -> memoryview:
         """Return up to `limit` bytes, at least one except at the end; waits for the store, raises what it did."""
@@ -77,14 +85,6 @@ class ReadAhead:
     def has_more(self) -> bool:
         """Whether `take` gives bytes of a range that has arrived already."""
         return bool(self._view or self._pieces)
-
-    def ready(self) -> int:
-        """Return how many bytes `take` gives without waiting; raises what the store did instead of giving the next."""
-        if not self._view and not self._pieces:
-            self._ask()
-            if self._chunks and self._chunks[0].future.done():
-                self._next_chunk()
-        return len(self._view) + sum(map(len, self._pieces))
 
     def _next_piece(self) -> None:
         if not self._pieces:

@@ -102,6 +102,18 @@ class Tee:
                 self._give_up_sending()
         return busy
 
+    def prepare(self, *, synced: bool) -> None:
+        """Do beforehand what publishing takes and nobody sees; `synced`: have the draft's bytes on the disk for good.
+        """
+        if synced:
+            self.draft.sync()
+        if self._upload is not None:
+            try:
+                self._upload.prepare()
+            except OSError as error:
+                logger.info("%r is sent once more: %s", self.draft.path, error)
+                self._give_up_sending()
+
     def sent(self) -> Entry | None:
         """Publish what was sent; None where the draft is still to be sent. Waits for the store."""
         upload = self._upload
