@@ -413,3 +413,50 @@ def test_a_folder_with_a_hidden_file_of_somebody_elses_is_not_removed(tmp_path: 
         backend.rmdir("a")
 
     assert (tmp_path / "a" / ".hidden").read_bytes() == b"kept"
+
+
+# --- what is on the disk when a call returns
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what was synced, in that order."""
+    names: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return names
+
+
+CHANGES: dict[str, tuple[Callable[[Backend], object], list[str]]] = {
+    "mkdir": (lambda backend: backend.mkdir("d/new"), ["d"]),
+    "rmdir": (lambda backend: backend.rmdir("d/empty"), ["d"]),
+    "rmdir of what only a kill left": (lambda backend: backend.rmdir("d/left"), ["d"]),
+    "remove": (lambda backend: backend.remove("d/a"), ["d"]),
+    "rename": (lambda backend: backend.rename("d/a", "d/b"), ["d"]),
+    "rename into another folder": (lambda backend: backend.rename("d/a", "e/a"), ["e", "d"]),
+    "rename of a folder": (lambda backend: backend.rename("d/empty", "e/moved"), ["e", "d"]),
+    "time of a file": (lambda backend: backend.set_mtime("d/a", 1000.0), ["d/a"]),
+    "time of a folder": (lambda backend: backend.set_mtime("d", 1000.0), ["d"]),
+    "upload": (lambda backend: backend.upload("d/new").commit(), ["d"]),
+}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc to name what is synced")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("sync", [True, False])
+def test_what_was_changed_is_on_the_disk_when_the_call_returns(
+    root: Path, local_store: Store, make_backend: MakeBackend, synced: list[str], change: str, sync: bool
+) -> None:
+    for folder in ("d/empty", "d/left", "e"):
+        (root / folder).mkdir(parents=True)
+    (root / "d/left/.ftpvfs-0123456789abcdef.tmp").write_bytes(b"")
+    (root / "d/a").write_bytes(b"x")
+    call, names = CHANGES[change]
+    call(make_backend(local_store, {"sync": sync}))
+    folders = [os.path.relpath(name, root) for name in synced if " (deleted)" not in name and "#" not in name]
+    assert folders == (names if sync else [])

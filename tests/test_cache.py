@@ -20,6 +20,7 @@ from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.index import Index
 from ftpvfs.cache.item import WORTH_RESUMING, Draft, Item
 from ftpvfs.cache.left import LeftCache, left_caches
+from ftpvfs.cache.ranges import RangeSet
 from ftpvfs.clock import Clock
 from ftpvfs.config import VFSOptions
 from ftpvfs.coordination.feed import ChangeFeed
@@ -620,3 +621,47 @@ def test_caches_that_hold_what_their_store_never_got_are_found(
     assert left_caches(folder.parent) == [LeftCache("s3-bucket", files=2, deletions=1, size=10)]
     assert left_caches(folder.parent, served=[folder]) == []
     assert left_caches(memory / "nothing here") == []
+
+
+READS: dict[str, tuple[Callable[[Item], Any], Any]] = {
+    "complete": (lambda item: item.complete, True),
+    "present": (lambda item: item.present, ((0, 100),)),
+    "ready": (lambda item: item.ready(0), 100),
+    "missing": (lambda item: item.missing(0, 100), []),
+    "repr": (repr, "<Item 'a' 100/100>"),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_nobody_reads_what_is_present_in_the_middle_of_a_change(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    """A change of a set of ranges is more than one step: of two lists, one after the other."""
+    is_between, goes_on = threading.Event(), threading.Event()
+
+    class Torn(RangeSet):
+        __slots__ = ()
+
+        def remove(self, start: int, stop: int) -> None:
+            starts, self._starts = self._starts, []
+            is_between.set()
+            assert goes_on.wait(20)
+            self._starts = starts
+            super().remove(start, stop)
+
+    monkeypatch.setattr("ftpvfs.cache.item.RangeSet", Torn)
+    item = cache.open_item("a", entry("a", bytes(100)))
+    item.add(0, [bytes(100)])
+    look, expected = READS[read]
+    found: list[Any] = []
+    changing = threading.Thread(target=lambda: item.drop(0, 0))
+    changing.start()
+    assert is_between.wait(20)
+    reading = threading.Thread(target=lambda: found.append(look(item)))
+    reading.start()
+    reading.join(0.5)  # it would look within that time, if it could
+    goes_on.set()
+    for each in (changing, reading):
+        each.join()
+    assert found == [expected]
+    item.release()

@@ -307,3 +307,99 @@ def test_all_that_an_entry_says_reaches_the_others(caches: Any) -> None:
     entry = Entry("\udcff", is_dir=False, size=2**40, mtime=1.25, fingerprint='"etag"', stamp=17)
     theirs.changed("d/\udcff", entry)
     assert mine.lookup("d/\udcff") == entry
+
+
+# --- two changes of one path at once
+
+
+@pytest.fixture
+def held_back(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """held_back(object, method) -> (arrived, release): in the thread called "late" a call waits before it begins."""
+
+    def hold(target: Any, name: str) -> tuple[threading.Event, threading.Event]:
+        arrived, release = threading.Event(), threading.Event()
+        call = getattr(target, name)
+
+        def held(*arguments: Any, **named: Any) -> Any:
+            if threading.current_thread().name == "late" and not arrived.is_set():
+                arrived.set()
+                assert release.wait(20)
+            return call(*arguments, **named)
+
+        monkeypatch.setattr(target, name, held)
+        return arrived, release
+
+    return hold
+
+
+def late(work: Callable[[], Any]) -> threading.Thread:
+    thread = threading.Thread(target=work, name="late")
+    thread.start()
+    return thread
+
+
+def seen_by(vfs: VFS, path: str) -> tuple[int, int]:
+    """The size that is listed, and the size that one name is said to have."""
+    (listed,) = [each.stat().st_size for each in vfs.scandir("") if each.name == path]
+    return listed, vfs.stat(path).st_size
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["the newer one waits", "the newer one is stored"])
+def test_of_two_uploads_at_once_the_newer_one_is_listed_by_everybody(
+    local_store: Store,
+    options: dict[str, Any],
+    make_vfs: Callable[..., VFS],
+    held_back: Callable[..., Any],
+    stored: bool,
+) -> None:
+    rest = 0.0 if stored else 3600.0
+    vfs, other = (make_vfs(local_store, cache_mode="writes", write_back=rest, **options) for _ in range(2))
+    put(vfs, "a", b"12345")
+    assert seen_by(vfs, "a") == seen_by(other, "a") == (5, 5)
+    arrived, release = held_back(vfs.core.dirs, "changed")
+    older = late(lambda: put(vfs, "a", b"1"))
+    assert arrived.wait(20), "published, and about to be shown"
+    put(vfs, "a", b"123")
+    if stored:
+        vfs.sync(30)
+    release.set()
+    older.join()
+    assert seen_by(vfs, "a") == seen_by(other, "a") == (3, 3)
+
+
+def test_what_another_process_changes_is_not_undone_by_what_is_told_late(
+    local_store: Store, options: dict[str, Any], make_vfs: Callable[..., VFS], held_back: Callable[..., Any]
+) -> None:
+    vfs, other, third = (make_vfs(local_store, cache_mode="writes", write_back=3600.0, **options) for _ in range(3))
+    put(vfs, "a", b"12345")
+    for each in (vfs, other, third):
+        assert seen_by(each, "a") == (5, 5)
+    assert vfs.core.feed is not None
+    arrived, release = held_back(vfs.core.feed, "publish")
+    older = late(lambda: put(vfs, "a", b"1"))
+    assert arrived.wait(20), "shown here, and about to be told"
+    put(other, "a", b"123")
+    release.set()
+    older.join()
+    for each in (vfs, other, third):
+        assert seen_by(each, "a") == (3, 3)
+
+
+def test_others_hear_of_changes_in_the_order_in_which_they_were_made(
+    tmp_path: Path, held_back: Callable[..., Any]
+) -> None:
+    tree, feeds = Tree("b"), [ChangeFeed(tmp_path) for _ in range(2)]
+    one, other = (DirCache(tree.read, tree.stat, max_age=None, feed=feed) for feed in feeds)
+    assert one.listing("").names == other.listing("").names == ["b"]
+    arrived, release = held_back(feeds[0], "publish")
+    first = late(lambda: one.changed("a", Entry("a", is_dir=False, size=1)))
+    assert arrived.wait(20)
+    second = in_thread(lambda: one.changed("a", Entry("a", is_dir=False, size=2)))
+    second.join(0.5)  # it would overtake the first one within that time, if it could
+    assert one.lookup("a").size in {1, 2}, "who only asks waits for nobody"
+    release.set()
+    first.join()
+    second.join()
+    assert one.lookup("a").size == other.lookup("a").size == 2
+    for feed in feeds:
+        feed.close()

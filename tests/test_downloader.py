@@ -677,3 +677,19 @@ def test_gcs_is_checked_too(store: Store, make_proxy: MakeProxy, make: Callable[
     with handle:
         assert handle.read() == data[:MIB]
     assert small.downloads.stats()["damaged"] == 1
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_who_asks_once_all_is_closed_hears_so(store: Store, make: Callable[..., Cached]) -> None:
+    for path in ("a", "b", "c"):
+        store.write(path, pattern(MIB))
+    cached = make(store, POLICY)
+    early, late = cached.open("a"), cached.open("b")
+    assert early.ready() == 0
+    cached.downloads.close()
+    with early, late:
+        for handle in (early, late):  # joined before, and after
+            for _ in range(2):
+                with pytest.raises(OSError, match="closed") as caught:
+                    handle.fill().result(timeout=20)
+                assert caught.value.errno == errno.ECANCELED

@@ -176,6 +176,7 @@ class LocalBackend(Backend):
                 if error.errno not in {errno.ENOTEMPTY, errno.EEXIST} or not all(map(_is_temporary, os.listdir(name))):
                     raise
                 self._clear(name)
+            self._sync_folder(os.path.dirname(name))
 
     def _clear(self, name: str) -> None:
         """Remove a folder that shows nothing: what a kill between giving a file its name and its place left behind."""
@@ -186,13 +187,18 @@ class LocalBackend(Backend):
     def remove(self, path: str, *, only: str | None = None) -> None:
         with self._renamed(path):
             if only is None or self.is_still(path, only):
-                os.remove(self.locate(path))
+                name = self.locate(path)
+                os.remove(name)
+                self._sync_folder(os.path.dirname(name))
 
     def rename(self, source: str, target: str) -> None:
         with self._renamed(source):
             self.refuse_hidden(target)
-            os.rename(self.locate(source), self.locate(target))
-            self._sync_folder(os.path.dirname(self.locate(target)))
+            old, new = self.locate(source), self.locate(target)
+            os.rename(old, new)
+            # The new name first: after a power cut the file has both names rather than none.
+            for folder in dict.fromkeys((os.path.dirname(new), os.path.dirname(old))):
+                self._sync_folder(folder)
 
     def check_name(self, path: str) -> None:
         with self._renamed(path):
@@ -210,6 +216,8 @@ class LocalBackend(Backend):
             name = self.locate(path)
             self._stat(name, path)
             os.utime(name, (mtime, mtime), follow_symlinks=self.tuning.follow_links)
+            with contextlib.suppress(PermissionError):  # the owner may set the time of a file that he may not read
+                self._sync(name, os.O_NONBLOCK | (0 if self.tuning.follow_links else os.O_NOFOLLOW))
         return self.stat(path)
 
     def usage(self) -> Usage:
@@ -228,12 +236,16 @@ class LocalBackend(Backend):
             raise failure(errno.EINVAL, path, str(error)) from error
 
     def _sync_folder(self, name: str) -> None:
+        self._sync(name, os.O_DIRECTORY)
+
+    def _sync(self, name: str, flags: int) -> None:
+        """Return once a file or folder, with its metadata, is on the disk, unless that is left to the system."""
         if self.sync:
-            folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | flags)
             try:
-                os.fsync(folder)
+                os.fsync(descriptor)
             finally:
-                os.close(folder)
+                os.close(descriptor)
 
 
 class LocalFile(OpenFile):

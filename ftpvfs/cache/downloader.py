@@ -39,6 +39,7 @@ WRITE_SIZE = 2**20
 WINDOW = 2**22
 # How often a small object is asked for whose bytes are not what the store's hash says.
 TRIES = 3
+CLOSED = "The VFS was closed"
 
 
 class Fillable(Readable, Protocol):
@@ -113,7 +114,11 @@ class Downloads:
                 downloader = self._downloaders[item] = Downloader(self, item, path, entry)
             reader = Reader(self, item, path, downloader)
             downloader.enter(reader)
-        downloader.begin_verifying()
+            is_closed = self._closing.is_set()  # then `close`, which comes for the lock, may have been here already
+        if is_closed:
+            downloader.close()
+        else:
+            downloader.begin_verifying()
         return reader
 
     def leave(self, reader: Reader, downloader: Downloader) -> None:
@@ -330,10 +335,15 @@ class Downloader:
         return not self._readers
 
     def want(self, reader: Reader, offset: int) -> Future[None] | None:
-        """Have the bytes at the offset fetched next; None when they, or an error to be raised, are here by now."""
+        """Have the bytes at the offset fetched next; None when they, or an error to be raised, are here by now.
+
+        Once all is closed the future has failed already: nothing will come any more.
+        """
         with self._lock:
             if reader.error is not None:
                 return None
+            if self._is_closed:
+                return self._refused_locked(reader)
             waiter = reader.waiter
             if waiter is None or waiter.done() or reader.position != offset:
                 waiter = Future()
@@ -345,6 +355,12 @@ class Downloader:
                 reader.waiter = None
         self._start(begun, unwanted)
         return None if is_here else waiter
+
+    def _refused_locked(self, reader: Reader) -> Future[None]:
+        reader.error = failure(errno.ECANCELED, self._path, CLOSED)
+        refused: Future[None] = Future()
+        refused.set_exception(reader.error)
+        return refused
 
     def moved(self, reader: Reader, offset: int) -> None:
         """Note where a reader is, and fetch ahead of it."""
@@ -358,7 +374,7 @@ class Downloader:
         with self._lock:
             self._is_closed = True
             flights = [flight for flight in self._flights if flight.stage is Stage.ASKED]
-        closed = failure(errno.ECANCELED, self._path, "The VFS was closed")
+        closed = failure(errno.ECANCELED, self._path, CLOSED)
         self.give_up(flights, closed)
         if self._verifier is not None:
             self._verifier.cancel()

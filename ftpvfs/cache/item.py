@@ -65,7 +65,8 @@ class Item:
             self._present = RangeSet(record.present)
 
     def __repr__(self) -> str:
-        return f"<Item {self.path!r} {self._present.total}/{self.size}>"
+        with self._lock:
+            return f"<Item {self.path!r} {self._present.total}/{self.size}>"
 
     # --- who uses it
 
@@ -120,7 +121,8 @@ class Item:
     @property
     def complete(self) -> bool:
         """Whether all bytes are present."""
-        return self._present.covers(0, self.size)
+        with self._lock:
+            return self._present.covers(0, self.size)
 
     @property
     def present(self) -> tuple[Range, ...]:

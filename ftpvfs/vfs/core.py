@@ -29,9 +29,9 @@ from ftpvfs.coordination.lockfile import LockFile
 from ftpvfs.coordination.locks import PathLocks, ThreadLocks
 from ftpvfs.errors import AWAY, failure
 from ftpvfs.memory import MemoryBudget
-from ftpvfs.vfs.dircache import DirCache
+from ftpvfs.vfs.dircache import OUTDATED, DirCache, Outdated
 from ftpvfs.vfs.patience import Patience
-from ftpvfs.vfs.pending import Pending, local_entry
+from ftpvfs.vfs.pending import Pending, is_local, local_entry
 from ftpvfs.vfs.times import Times
 from ftpvfs.waiting import Wait, about_to_wait
 
@@ -78,6 +78,7 @@ class Core:
             answers_at_once=self.backend.capability.answers_at_once,
             serves_old=options.cache_mode != "off",
             here=self._here,
+            newest=self._newest,
             clock=clock,
             feed=self.feed,
         )
@@ -271,11 +272,19 @@ class Core:
 
     def changed(self, path: str, entry: Entry | None) -> None:
         """Show at once, to all processes, what is at a path now; `entry` may be what only the store has."""
-        dirty = self.parts.cache.dirty(path) if self.parts is not None else None
+        self.dirs.changed(path, entry)
+
+    def _newest(self, path: str, entry: Entry | None) -> Entry | Outdated | None:
+        """Return what waits to be stored at a path, else what somebody says is there.
+
+        A file that waited and does not any more is stored, replaced or deleted, which whoever did it tells.
+        """
+        if self.parts is None:
+            return entry
+        dirty = self.parts.cache.dirty(path)
         if dirty is None:
-            self.dirs.changed(path, entry)
-        else:
-            self.dirs.changed(path, None if dirty.is_tombstone else local_entry(dirty))
+            return OUTDATED if is_local(entry) else entry
+        return None if dirty.is_tombstone else local_entry(dirty)
 
     def published(self, path: str, entry: Entry | None) -> None:
         """As `changed`, for a new file; the folders above it that others have removed since it was begun are back."""

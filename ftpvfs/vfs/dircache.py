@@ -11,6 +11,7 @@ that other processes make come by a feed, which is looked at before each answer,
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import itertools
 import logging
@@ -38,6 +39,15 @@ SINGLES_KEPT = 1024
 FOLDERS_BEFORE_SWEEP = 1024
 # What is known of folders that were never listed is dropped after this time, also where answers are good for ever.
 UNLISTED_KEPT = 300.0
+
+
+class Outdated(enum.Enum):
+    """What is said of a path that has changed again."""
+
+    OUTDATED = "it is not so any more"
+
+
+OUTDATED = Outdated.OUTDATED
 
 
 class Listing:
@@ -121,6 +131,8 @@ class DirCache:
     `read(path)` lists a folder and `stat(path)` asks for one name; both raise ENOENT. `feed` tells other processes of
     what is changed here, and this one of theirs; None: nobody else changes anything that must be seen at once.
     `here(path)` returns what is known of a folder without the store, for one that was never listed while it is away.
+    `newest(path, entry)` returns what is at a path now, where somebody says that it is `entry`, and OUTDATED where that
+    is not true any more and what came after it was told, or will be. It is called with the cache's lock held.
     """
 
     def __init__(
@@ -134,6 +146,7 @@ class DirCache:
         answers_at_once: bool = False,
         serves_old: bool = False,
         here: Callable[[str], list[Entry]] = lambda _: [],
+        newest: Callable[[str, Entry | None], Entry | Outdated | None] = lambda _, entry: entry,
         clock: Clock = SYSTEM_CLOCK,
         feed: ChangeFeed | None = None,
     ) -> None:
@@ -145,8 +158,12 @@ class DirCache:
         self._answers_at_once = answers_at_once
         self._serves_old = serves_old
         self._here = here
+        self._newest = newest
         self._clock = clock
         self._feed = feed
+        # Held, before _lock, while a change is made here and then told: others hear of changes in the order in which
+        # they were made. Who only asks never takes it, since telling may wait for the disk.
+        self._telling = threading.Lock()
         self._lock = threading.Lock()
         # Protected by _lock, and so is the place in the feed: a change is either still to come, or applied.
         self._folders: dict[str, _Folder] = {}
@@ -438,11 +455,18 @@ class DirCache:
     # --- changes made here, and by others
 
     def changed(self, path: str, entry: Entry | None) -> None:
-        """Make a local change visible at once, to all processes: the path is `entry` now, or gone."""
-        with self._lock:
-            self._catch_up_locked()
-            self._changed_locked(path, entry)
-        self._publish({"path": path, "entry": None if entry is None else asdict(entry)})
+        """Make a local change visible at once, to all processes: the path is `entry` now, or gone.
+
+        Where it has changed again since the caller learned of `entry`, what is there now (`newest`) is shown.
+        """
+        with self._telling:
+            with self._lock:
+                self._catch_up_locked()
+                now = self._newest(path, entry)
+                if now is OUTDATED:
+                    return
+                self._changed_locked(path, now)
+            self._publish({"path": path, "entry": None if now is None else asdict(now)})
 
     def _changed_locked(self, path: str, entry: Entry | None, *, asked: int | None = None) -> None:
         """The path is `entry` now; or was, when a flight of the number `asked` left, and later ones know better."""
@@ -477,19 +501,22 @@ class DirCache:
 
     def forget(self, path: str = "") -> None:
         """Drop all that is cached at and below the folder; the store is asked again when somebody wants it."""
-        with self._lock:
-            self._drop_locked(path)
-        self._publish({"forget": path})
+        with self._telling:
+            with self._lock:
+                self._drop_locked(path)
+            self._publish({"forget": path})
 
     def doubt(self, path: str) -> None:
         """Drop all that is cached of the path, also by the folder that it is in: a change failed half way."""
-        with self._lock:
-            self._doubt_locked(path)
-        self._publish({"doubt": path})
+        with self._telling:
+            with self._lock:
+                self._doubt_locked(path)
+            self._publish({"doubt": path})
 
     def refreshed(self, path: str) -> None:
         """Have other processes read the folder again, too, when they next want it."""
-        self._publish({"relist": path})
+        with self._telling:
+            self._publish({"relist": path})
 
     def _drop_locked(self, path: str) -> None:
         parent, name = paths.split(path)
@@ -523,8 +550,11 @@ class DirCache:
 
     def _apply_locked(self, change: Change) -> None:
         if "path" in change:
-            known = change["entry"]
-            self._changed_locked(change["path"], None if known is None else Entry(**known))
+            path, known = change["path"], change["entry"]
+            # The other process may have told of it late, behind what somebody else has changed since.
+            now = self._newest(path, None if known is None else Entry(**known))
+            if now is not OUTDATED:
+                self._changed_locked(path, now)
         elif "forget" in change:
             self._drop_locked(change["forget"])
         elif "doubt" in change:
