@@ -15,6 +15,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from functools import lru_cache, partial, wraps
 from typing import Any, ClassVar, TypeVar
 
@@ -29,7 +30,7 @@ from ftpvfs.errors import failure, reason_of
 from ftpvfs.vfs.dircache import Listing
 from ftpvfs.vfs.handle import Handle, WritingHandle
 from ftpvfs.vfs.vfs import VFS
-from ftpvfs.waiting import Wait, about_to_wait
+from ftpvfs.waiting import Wait, about_to_wait, shared_result_of
 
 logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,6 +54,8 @@ SIX_MONTHS = 180 * DAY
 # A listing that does not change is rendered once, unless keeping its text costs more than making it.
 KEPT_RENDERING = 4 * 2**20
 PIECE = 16 * 1024
+# Whose threads wait until there is room for an upload.
+ROOM = "room"
 # Entries that are rendered while others wait for the event loop: 3 microseconds each.
 RENDERED_AT_ONCE = 1000
 
@@ -178,12 +181,42 @@ class VFSFilesystem(AbstractedFS):
         """Open a file. `rest` is the offset at which a client goes on with an upload; None where it says none."""
         if "r" not in mode or "+" in mode:
             self._make_home()
-        return self._for_channel(self._call(self._open, filename, mode, rest))
+        return self._opened(filename, mode, rest)
 
-    def _open(self, filename: str, mode: str, rest: int | None = None) -> Handle:
+    def _opened(self, filename: str, mode: str, rest: int | None = None) -> Any:
+        """Open a file; one that is to be written once it is known that there is room, before its first byte comes."""
+        handle, busy = self._call(self._open, filename, mode, rest)
+        if busy is not None:
+            try:
+                self._wait_for_room(busy)
+                self._call(handle.admit)
+            except BaseException:
+                handle.abandon()
+                raise
+        return self._for_channel(handle)
+
+    def _open(self, filename: str, mode: str, rest: int | None = None) -> tuple[Handle, Future[Any] | None]:
         path = self._path(filename)
         partial = self._resumed(path, mode, rest)
-        return self.vfs.open(path, mode, name=filename, autocommit=False, user=self._user, partial=partial)
+        handle = self.vfs.open(path, mode, name=filename, autocommit=False, user=self._user, partial=partial)
+        try:
+            return handle, handle.admit()
+        except BaseException:
+            handle.abandon()
+            raise
+
+    def _wait_for_room(self, busy: Future[Any]) -> None:
+        """Wait in threads that nobody else needs: write-back makes room within a while, or not at all."""
+
+        def wait() -> None:
+            about_to_wait(Wait.STORE)
+            shared_result_of(busy)
+
+        offload = getattr(self.cmd_channel, "offload", None)
+        if offload is None:
+            wait()
+        else:
+            offload(ROOM, wait)
 
     def _resumed(self, path: str, mode: str, rest: int | None) -> PartialRecord | None:
         """Return the interrupted upload that a client goes on with.
@@ -221,7 +254,7 @@ class VFSFilesystem(AbstractedFS):
         for _ in range(50):
             name = posixpath.join(folder, f"{prefix}{secrets.token_hex(4)}{suffix}")
             if not self._call(self.vfs.exists, self._path(name)):
-                return self._for_channel(self._call(self._open, name, "xb"))
+                return self._opened(name, "xb")
         raise failure(errno.EEXIST, folder, "No usable unique file name found")
 
     def _make_home(self) -> None:

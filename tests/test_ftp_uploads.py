@@ -466,20 +466,6 @@ def test_what_came_of_a_broken_upload_goes_with_the_file_that_is_renamed_at_once
         assert download(ftp, "log") == b"fresh"
 
 
-def test_a_cache_without_room_for_an_upload_is_answered_with_452_and_takes_the_next_one(
-    local_store: Store, make_vfs: Any, ftp_server: Serve, tmp_path: Path
-) -> None:
-    vfs = make_vfs(local_store, cache_mode="writes", cache_dir=str(tmp_path / "cache"), cache_max_size="8Mi")
-    with connect(ftp_server(vfs)) as ftp:
-        with open_transfer(ftp, "STOR a") as with_data, contextlib.suppress(ConnectionError):
-            with_data.sendall(bytes(32 * MIB))
-        assert last_reply(ftp).startswith("452 The cache is full")
-        assert reply(ftp, "DELE a").startswith("250 ")  # what came of it
-        assert upload(ftp, "a", OLD).startswith("226 ")
-    vfs.sync(30)
-    assert local_store.read("a") == OLD
-
-
 # --- overwriting
 
 

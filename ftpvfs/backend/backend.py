@@ -294,6 +294,18 @@ class Backend(ABC):
     def check_name(self, path: str) -> None:
         """Raise what an upload to a path where nothing is would fail with for ever, as far as a quick look tells."""
 
+    def admit(self, path: str, size: int = 0) -> None:
+        """Raise what an upload of `size` bytes (0: nobody knows how many) that begins now would fail with at its end.
+
+        EFBIG above the store's limit; of a folder of this machine ENOSPC and EROFS, too. No other machine is asked.
+        """
+        self.check_size(path, size, self.capability.largest_streamed)
+
+    def check_size(self, path: str, size: int, largest: int | None) -> None:
+        """Raise EFBIG where a file is larger than the largest that the store takes."""
+        if largest is not None and size > largest:
+            raise failure(errno.EFBIG, path, f"The store takes {largest} bytes in one object at the most")
+
     def upload(
         self, path: str, *, mtime: float | None = None, size: int | None = None, replaces: Condition = ANY
     ) -> Upload:

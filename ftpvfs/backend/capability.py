@@ -27,6 +27,9 @@ class Capability:
     answers_at_once: bool = False
     # False: each process has one of its own under the same URL.
     is_shared: bool = True
+    # Bytes of the largest object, and of the largest whose size is not known when its upload begins; None: no limit.
+    largest: int | None = None
+    largest_streamed: int | None = None
 
 
 READ_ONLY = Capability(writes=False)

@@ -58,6 +58,8 @@ KEPT_FIELDS = (
     "contentType", "cacheControl", "contentDisposition", "contentEncoding", "contentLanguage", "customTime",
     "storageClass",
 )  # fmt: skip
+# GCS's own limit of an object: https://cloud.google.com/storage/quotas#objects
+LARGEST = 5 * 2**40
 RFC3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(\.\d+)?([Zz]|[+-]\d\d:\d\d)?$")
 
 
@@ -74,7 +76,9 @@ class OneTryGCSFileSystem(GCSFileSystem):
 class GCSBackend(ObjectStoreBackend):
     """A bucket or a prefix of one. Any thread; not carried across a fork."""
 
-    capability = Capability(real_directories=False, copies=True, sets_mtime=True)
+    capability = Capability(
+        real_directories=False, copies=True, sets_mtime=True, largest=LARGEST, largest_streamed=LARGEST
+    )
 
     @classmethod
     def from_url(cls, url: str, storage_options: dict[str, Any], tuning: Tuning) -> Backend:

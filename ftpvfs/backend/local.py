@@ -40,6 +40,7 @@ from ftpvfs.backend.backend import (
 from ftpvfs.backend.capability import Capability
 from ftpvfs.coordination.folders import may_hang
 from ftpvfs.errors import ECHANGED, failure
+from ftpvfs.waiting import Wait, about_to_wait
 
 # Read, and handed over, at once.
 PIECE = 2**20
@@ -151,6 +152,19 @@ class LocalBackend(Backend):
         with self._renamed(path):
             flags = os.O_RDONLY | os.O_CLOEXEC | (0 if self.tuning.follow_links else os.O_NOFOLLOW) | os.O_NONBLOCK
             return LocalFile(os.open(self.locate(path), flags), path)
+
+    def admit(self, path: str, size: int = 0) -> None:
+        super().admit(path, size)
+        if not self.capability.answers_at_once:
+            about_to_wait(Wait.STORE)
+        with self._renamed(path):
+            disk = os.statvfs(os.path.dirname(self.locate(path)))
+        if disk.f_flag & os.ST_RDONLY:
+            raise failure(errno.EROFS, path, "The disk of the folder is mounted read-only")
+        # Some systems of files (FUSE) do not say; and root may take what is kept for root.
+        free = disk.f_bavail if os.geteuid() else disk.f_bfree
+        if disk.f_blocks and free * disk.f_frsize < max(size, 1):
+            raise failure(errno.ENOSPC, path, "There is no space on the disk of the folder")
 
     def upload(
         self, path: str, *, mtime: float | None = None, size: int | None = None, replaces: Condition = ANY

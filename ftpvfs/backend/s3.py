@@ -52,6 +52,7 @@ MIB = 2**20
 PIECE = 2**18
 # S3's own limits: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 MAX_PARTS = 10_000
+MAX_PART = 5 * 2**30
 MAX_COPY = 5 * 2**30
 # Four of them are on their way at once, and twice in memory each. 16 MiB take twice as much.
 LEAST_PART = 8 * MIB
@@ -70,10 +71,18 @@ KEPT_HEADERS = (
 PLAIN_MD5 = re.compile(r'"?([0-9a-f]{32})(-\d+)?"?$')
 
 
+def part_size(number: int) -> int:
+    """Return how long a part of an upload of unknown size is: 16 GiB in the first 2,000, 5.2 TiB in all 10,000."""
+    return LEAST_PART << 2 * (number // 2000)
+
+
 class S3Backend(ObjectStoreBackend):
     """A bucket or a prefix of one at an S3 store. Any thread; not carried across a fork."""
 
-    capability = Capability(real_directories=False, copies=True, sets_mtime=True, lists_mtime=False)
+    capability = Capability(
+        real_directories=False, copies=True, sets_mtime=True, lists_mtime=False,
+        largest=MAX_PARTS * MAX_PART, largest_streamed=sum(map(part_size, range(MAX_PARTS))),
+    )  # fmt: skip
     copy_limit = MAX_COPY
     copy_part = 512 * MIB
 
@@ -428,8 +437,9 @@ class S3Upload(PartsUpload):
         self._upload_id: asyncio.Future[str] | None = None  # touched on the event loop alone
 
     def part_size(self, number: int) -> int:
-        # Unknown sizes grow: 16 GiB in the first 2,000 parts, 5 TiB (S3's limit) within the 10,000.
-        return max(self._least_part, LEAST_PART << 2 * (number // 2000))
+        if number >= MAX_PARTS and self._pending:
+            raise failure(errno.EFBIG, self.path, f"S3 takes {MAX_PARTS} parts, and {self.size} bytes have filled them")
+        return max(self._least_part, part_size(number))
 
     async def _begun(self) -> str:
         """Return the upload's id; the first part that comes here begins it, the others wait."""

@@ -97,8 +97,12 @@ class Cache:
         self._dirty = DirtyFiles(self.files, self._journal, self._generations, clock, self.space.freed)
         self._tell_what_was_found()
 
-    def start(self) -> None:
-        """Begin to save what is fetched and to evict, every poll interval."""
+    def start(self, hurry: Callable[[], object] = lambda: None) -> None:
+        """Begin to save what is fetched and to evict, every poll interval.
+
+        `hurry` is called when what waits for the store is to be stored at once (`wants_stored`).
+        """
+        self.space.hurry = hurry
         interval = self._options.cache_poll_interval
         if interval and self._poller is None:
             self._poller = threading.Thread(target=self._poll, args=(interval,), name="ftpvfs-cache", daemon=True)
@@ -539,6 +543,10 @@ class Cache:
         self._at_any_rate(lambda: self._dirty.failed(record, error, due))
 
     # --- space
+
+    def wants_stored(self) -> bool:
+        """Tell whether what waits for the store takes room that is wanted. Looks at the disk."""
+        return self.space.wants_stored
 
     def _with_room(self, call: Callable[[], T]) -> T:
         return self.space.with_room(FOR_RECORDS, call)

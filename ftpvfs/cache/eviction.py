@@ -39,8 +39,11 @@ class Limits:
     def excess(self, taken: int, free: int) -> int:
         """Return how many bytes must go, where `taken` are in the cache and `free` are on the disk."""
         over = 0 if self.max_size is None else taken - self.max_size
-        short = 0 if self.min_free is None else self.min_free - free
-        return max(over, short, 0)
+        return max(over, self.shortage(free), 0)
+
+    def shortage(self, free: int) -> int:
+        """Return how many bytes the disk, which has `free`, lacks."""
+        return 0 if self.min_free is None else max(self.min_free - free, 0)
 
 
 def expired(candidates: Iterable[Candidate], limits: Limits, now: float) -> Iterator[Candidate]:

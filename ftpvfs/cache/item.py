@@ -285,7 +285,7 @@ class Draft:
         stop = offset + size
         if offset != self.size:
             self._give_up_resuming()
-        self._grow_to(stop)
+        self._grow_to(stop, size)
         self._is_synced = False
         self._cache.space.write(self._file, [data], offset)
         self.size = max(self.size, stop)
@@ -345,11 +345,12 @@ class Draft:
         """Close the file; called by the cache."""
         self._file.close()
 
-    def _grow_to(self, stop: int) -> None:
-        if stop > self._reserved:
+    def _grow_to(self, stop: int, size: int) -> None:
+        new = max(0, stop - self._reserved)
+        if new:
             self._cache.space.check()
-            self._cache.space.grow(stop - self._reserved)
-            self._reserved = stop
+        self._cache.space.grow(new, size)
+        self._reserved += new
 
     def _give_up_resuming(self) -> None:
         if self._is_announced:

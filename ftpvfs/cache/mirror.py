@@ -57,6 +57,7 @@ class Mirror:
         self._lock = threading.Lock()
         # Protected by _lock.
         self._root = _Folder()
+        self._stale: set[str] = set()  # all paths whose records are to be read again
         self._size = 0
         self._count = 0
         self._loaded = 0
@@ -79,8 +80,7 @@ class Mirror:
                 self._set_locked(path, self._read(path))
             except OSError as error:  # read again by the next who asks
                 logger.error("What is dirty at %r cannot be read at the moment: %s", path, error)  # noqa: TRY400
-                parent, name = paths.split(path)
-                self._make_locked(parent).stale.add(name)
+                self._mark_locked(path)
 
     def doubt(self, path: str) -> None:
         """Read the path's record again: what is known of it turned out not to be true."""
@@ -135,9 +135,11 @@ class Mirror:
 
     @property
     def size(self) -> int:
-        """Bytes of all dirty files; those that other processes changed count when somebody has asked for them."""
+        """Bytes of all dirty files. Reads from the index what other processes have changed."""
         with self._lock:
             self._follow_locked()
+            for path in list(self._stale):
+                self._set_locked(path, self._read(path))
             return self._size
 
     @property
@@ -157,12 +159,17 @@ class Mirror:
         for change in news:
             path = change.get(CHANGED)
             if isinstance(path, str):
-                parent, name = paths.split(path)
-                self._make_locked(parent).stale.add(name)
+                self._mark_locked(path)
+
+    def _mark_locked(self, path: str) -> None:
+        parent, name = paths.split(path)
+        self._make_locked(parent).stale.add(name)
+        self._stale.add(path)
 
     def _load_locked(self) -> None:
         self._loaded = self._replaced()
         self._root, self._size, self._count = _Folder(), 0, 0
+        self._stale.clear()
         for record in self._read_all():
             self._set_locked(record.path, record)
 
@@ -182,6 +189,7 @@ class Mirror:
         parent, name = paths.split(path)
         folder = self._make_locked(parent)
         folder.stale.discard(name)
+        self._stale.discard(path)
         old = folder.records.pop(name, None)
         if old is not None:
             self._size -= old.size

@@ -1,6 +1,10 @@
 """The space that the cache takes: counted as it is taken, kept within the limits, and waited for.
 
 Processes add what they write to one number that they share; every poll counts the files themselves and sets it right.
+
+There are two limits. The size of the cache is for what may be evicted: what is not stored yet may exceed it, and then
+write-back stores without delay and uploads are slowed down to its pace, but never refused. The free space of the disk
+is a limit for all: where it is short uploads wait for write-back, and are refused when that has been in vain.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ import contextlib
 import errno
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -31,12 +36,17 @@ STEP = 4 * 2**20
 BATCH = 64
 # A file that no record knows may be one that is just being made.
 GRACE = 60.0
-# Seconds for which an upload that does not fit waits for write-back to make room. Clients give up after 20 to 60.
+# Seconds for which uploads wait for write-back where the disk is short. Clients give up after 20 to 60.
 PATIENCE = 15.0
 MOMENT = 1.0
+# Seconds after which uploads go on for another STEP though the cache is over its size: the store is slow, or away, and
+# a client that moves nothing for 20 seconds gives up.
+PAUSE = 5.0
 # How often who waits looks whether another process has made room.
 LOOK_AGAIN = 0.1
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+FULL = "The disk of the cache is full of files that are not in the store yet"
+SHORT = "The disk of the cache is short of space"
 # Of the disk, kept from data: without room for its records nothing could be stored, and no space ever become free.
 KEPT = 2 * 2**20
 
@@ -100,11 +110,14 @@ class Space:
         self._forget_partial = forget_partial
         self._taken = Number(files.folder / "taken")
         self._is_limited = limits.max_size is not None or limits.min_free is not None
+        # Has write-back look at once whether it is to hurry.
+        self.hurry: Callable[[], object] = lambda: None
         # Held by the one thread of this process that evicts.
         self._evicting = threading.Lock()
         self._lock = threading.Lock()
         # Protected by _lock.
         self._untold = 0
+        self._unpaced = 0
         self._waiting: Future[None] | None = None
         self._refused: str | None = None
         self._closing = threading.Event()
@@ -137,30 +150,64 @@ class Space:
         self._files.pwritev(file.descriptor, pieces, offset)
 
     def reserve(self, file: DataFile, size: int, more: int) -> None:
-        """Take the space for a file of `size` bytes, `more` than it had; ENOSPC where there is no such room."""
-        most = self.limits.max_size
-        if most is not None and size > most:
-            raise failure(errno.ENOSPC, str(self._files.folder), "The file is larger than the cache may be")
+        """Take the space for a file of `size` bytes, `more` than it had; ENOSPC or EFULL where there is no such room.
+        """
+        self._find_room(more)
+        self._files.reserve(file.descriptor, size)
         self._tell(more)
-        try:
-            if self._excess() > 0:
-                about_to_wait(Wait.DISK)
-                self.evict()
-            if self._files.free() < more and not self.make_room(more):
-                raise failure(errno.ENOSPC, str(self._files.folder))
-            self._files.reserve(file.descriptor, size)
-        except BaseException:
-            self._tell(-more)
-            raise
+        if self._is_limited and self._excess() > 0:
+            self._start_waiting()
 
-    def grow(self, size: int) -> None:
-        """Count bytes that were written, or are about to be. Quick; where they are too many, room is made elsewhere."""
+    def admit(self, size: int) -> Future[None] | None:
+        """See whether an upload of `size` bytes (0: nobody knows) has room, before its first byte.
+
+        Return what is to be awaited before the next look, None where there is room. EFULL where write-back may make
+        some, but has not in time; ENOSPC where nothing will. Evicts where need be, which waits for the disk.
+        """
+        least = KEPT + (self.limits.min_free or 0)
+        if self._files.free() >= max(size, 0) + least:
+            return None
+        about_to_wait(Wait.DISK)
+        try:
+            self._find_room(max(size, KEPT))
+        except OSError as error:
+            if error.errno != EFULL or size or self._refused is not None or not self._dirty():
+                raise
+        else:
+            return None
+        self._start_waiting()
+        return self.pressure()
+
+    def _find_room(self, size: int) -> None:
+        """Evict until `size` bytes fit; EFULL where what waits for the store takes their room, else ENOSPC."""
+        need = size + (self.limits.min_free or 0)
+        if self._files.free() >= need:
+            return
+        self.make_room(size)
+        free = self._files.free()
+        if free >= need:
+            return
+        if free + self._dirty() >= need:
+            raise failure(EFULL, str(self._files.folder), FULL)
+        raise failure(EFULL if free >= size else errno.ENOSPC, str(self._files.folder), SHORT)
+
+    def grow(self, new: int, size: int | None = None) -> None:
+        """Count `size` bytes that are written, or are about to be, `new` of which were not counted before.
+
+        Quick; where they are too many, room is made elsewhere.
+        """
+        size = new if size is None else size
         with self._lock:
-            self._untold += size
-            if self._untold < STEP:
-                return
-            told, self._untold = self._untold, 0
-        self._tell(told)
+            told, paced = self._untold + new, self._unpaced + size
+            self._untold, self._unpaced = (told, paced) if paced < STEP else (0, 0)
+        if paced < STEP:
+            return
+        try:
+            self._tell(told)
+        except BaseException:
+            with self._lock:  # nothing was counted
+                self._untold, self._unpaced = self._untold + told - new, self._unpaced + paced - size
+            raise
         if self._is_limited and self._excess() > 0:
             self._start_waiting()
 
@@ -175,12 +222,30 @@ class Space:
         self._woken.set()
 
     def check(self) -> None:
-        """Raise EFULL once waiting for room has been in vain."""
+        """Raise EFULL once the disk is short and waiting for room has been in vain."""
         refused = self._refused
-        if refused is not None:
-            if self._excess() > 0:
-                raise failure(EFULL, str(self._files.folder), refused)
-            self._refused = None
+        if refused is None:
+            return
+        if self._shortage() > 0:
+            raise failure(EFULL, str(self._files.folder), refused)
+        with self._lock:
+            if self._refused is refused:
+                self._refused = None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether more waits for the store than the size of the cache has room for, though all else has gone.
+
+        Half of that size at least is for what waits, however much is being written or read at the moment.
+        """
+        most = self.limits.max_size
+        return most is not None and self._taken.value > most and self._dirty() > most // 2
+
+    @property
+    def wants_stored(self) -> bool:
+        """Whether what waits for the store is to be stored at once, since it takes room that is wanted."""
+        is_short = self._shortage() > 0 or self._files.free() < KEPT
+        return self.is_behind or (is_short and self._dirty() > 0)
 
     def pressure(self) -> Future[None] | None:
         """Return what is done when there is room again, or when there will not be; None where there is."""
@@ -197,6 +262,10 @@ class Space:
         if not self._is_limited:
             return 0
         return self.limits.excess(self._taken.value, self._files.free())
+
+    def _shortage(self) -> int:
+        """Return how many bytes the disk lacks of what is to be free on it."""
+        return self.limits.shortage(self._files.free()) if self.limits.min_free is not None else 0
 
     def _tell(self, size: int) -> None:
         if self._is_limited:
@@ -225,19 +294,21 @@ class Space:
         """Make room, or wait until write-back has made some; then let all who wait go on."""
         refused = None
         try:
+            began = progress = time.monotonic()
+            behind = began if self.is_behind else began - MOMENT
             self.make_room(0)
-            waited = hopeless = 0.0
-            while self._excess() > 0 and not self._closing.is_set():
-                # What write-back has just stored is not dirty any more, and cannot be evicted for another moment.
-                hopeless = 0.0 if self._dirty() else hopeless + LOOK_AGAIN
-                if hopeless >= MOMENT:
-                    refused = "The cache is full of files that are being written"
+            self.hurry()
+            while not self._closing.is_set():
+                now = time.monotonic()
+                behind = now if self.is_behind else behind
+                is_short = self._shortage() > 0
+                if not is_short and (now - began >= PAUSE or not self._is_late(now - behind)):
                     break
-                if waited >= PATIENCE:
-                    refused = "The cache is full of files that are not in the store yet"
+                refused = self._refusal(now - progress) if is_short else None
+                if refused is not None:
                     break
-                if not self._woken.wait(LOOK_AGAIN):
-                    waited += LOOK_AGAIN
+                if self._woken.wait(LOOK_AGAIN):
+                    progress = time.monotonic()
                 self._woken.clear()
                 self.evict()
         except OSError as error:
@@ -247,6 +318,17 @@ class Space:
                 waiting, self._waiting, self._refused = self._waiting, None, refused
             if waiting is not None:
                 _done(waiting)
+
+    def _is_late(self, ago: float) -> bool:
+        """Tell whether write-back is behind, or was so many seconds ago: what it has stored can be evicted soon."""
+        return ago <= 0 or (ago < MOMENT and self._excess() > 0)
+
+    def _refusal(self, waited: float) -> str | None:
+        """Return why waiting is in vain: nobody has made room on the disk for so many seconds."""
+        if waited >= PATIENCE:
+            return FULL
+        # What write-back has just stored is not dirty any more, and cannot be evicted for another moment.
+        return SHORT if waited >= MOMENT and not self._dirty() else None
 
     # --- eviction
 

@@ -98,6 +98,9 @@ class DirtyFiles(Protocol):
     def forget_item(self, path: str) -> None:
         """Drop what is cached of a clean path."""
 
+    def wants_stored(self) -> bool:
+        """Tell whether all that is to be done should be done at once, to make room."""
+
 
 class Turn:
     """One path's turn: what is sent at the moment, and whether it still should be. Any thread."""

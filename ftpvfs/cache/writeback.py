@@ -94,6 +94,8 @@ class WriteBack:
         self._tried: dict[str, float] = {}
         self._asked = 0.0
         self._is_draining = False
+        # Whether files are stored without the rest after their last change: they take room that is wanted.
+        self._is_hurried = False
         # Wall times before which paths are left alone although their records do not say so: deleted objects that are
         # looked at once more, and failures that could not be written down.
         self._held: dict[str, float] = {}
@@ -269,6 +271,7 @@ class WriteBack:
     def _look(self) -> float:
         """See what is due, begin it, and call off what is not wanted any more; return how long to rest then."""
         self._note_request()
+        self._is_hurried = self._cache.wants_stored()
         now = self._clock.time()
         dirty = {record.path: record for record in self._cache.all_dirty()}
         with self._lock:
@@ -312,7 +315,7 @@ class WriteBack:
             return since
         if since <= asked and tried < asked:
             return asked
-        rest = 0.0 if self._is_draining else self._rest
+        rest = 0.0 if self._is_draining or self._is_hurried else self._rest
         due = max(record.due, since + rest)
         return due if due <= now + max(rest, LONGEST_RETRY) else now
 

@@ -13,6 +13,7 @@ import logging
 import posixpath
 import re
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from pyftpdlib.exceptions import FilesystemError
@@ -440,7 +441,10 @@ class VFSHandler(Limited, PublicAddress, Login):
             if rest:
                 opened.resume(rest)
             if size:
-                opened.reserve(size)
+                self.offload(getattr(self.fs, "vfs", None), partial(opened.reserve, size))
+        except Abandoned:
+            opened.close()
+            raise
         except OSError as error:
             opened.close()
             self.respond(f"{554 if error.errno == errno.EINVAL else reply_code(error)} {reason_of(error)}.")

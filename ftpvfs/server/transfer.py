@@ -14,6 +14,7 @@ import logging
 import select
 import socket
 import sys
+import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, wait
 from typing import Any
@@ -44,6 +45,9 @@ SENDS = 4
 NO_SPACE = {EFULL: 452, errno.ENOSPC: 552, getattr(errno, "EDQUOT", errno.ENOSPC): 552, errno.EFBIG: 552}
 # What no other try will change; 451 would have a client send all again.
 FOR_GOOD = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
+# Seconds for which a transfer may be kept waiting here, for room in the cache, a rate or the store, without being taken
+# for one that stands still.
+LONGEST_HOLD = 60.0
 # Seconds between the ends of a killed client's two connections, which its system closes one after the other (measured
 # on Linux: 0.03 ms; on a machine that is out of processors a turn of its scheduler).
 EXIT_GAP = 0.002
@@ -53,7 +57,6 @@ VARIATIONS = 4
 MOST_PATIENCE = 0.25
 # Offset of tcpi_rttvar, microseconds, in Linux' struct tcp_info.
 RTTVAR_OFFSET = 72
-
 
 INTERNAL_ERROR = ("451 Internal error; transfer aborted.", logger.warning)
 
@@ -111,6 +114,8 @@ class VFSDTPHandler(DTPHandler):
     _reason = ""
     # Whether the client has shown, by what it says on its control connection, that it means the end of its upload.
     _is_meant = False
+    # Since when it is this side that keeps an upload from going on, monotonic time; None while it does not.
+    _held_since: float | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -156,10 +161,13 @@ class VFSDTPHandler(DTPHandler):
     def _sleep(self, future: Future[Any]) -> None:
         """Neither read nor write until the future is done. The end of a broken connection is heard all the same."""
         self._want(0)
+        if self.receive:
+            self._held_since = time.monotonic()
         loop = self.ioloop
         future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._wake))
 
     def _wake(self) -> None:
+        self._held_since = None
         if self._closed or self.stage is not Stage.MOVING:
             return
         try:
@@ -183,6 +191,7 @@ class VFSDTPHandler(DTPHandler):
         allowed = min(most, self._throttle.allowed())
         if not allowed:
             self._want(0)
+            self._held_since = time.monotonic()
             self.call_later(self._throttle.delay(), self._wake)
         return allowed
 
@@ -534,12 +543,18 @@ class VFSDTPHandler(DTPHandler):
 
     def handle_timeout(self) -> None:
         """Called every `timeout` seconds. A transfer that stands still ends; the session goes on."""
-        if not self.is_busy:
-            self._lastdata = -1  # its time begins with the command
+        if not self.is_busy or self._is_held:
+            self._lastdata = -1  # its time begins with the command, and again when it may go on
         elif self.get_transmitted_bytes() > self._lastdata:
             self._lastdata = self.get_transmitted_bytes()
         elif self.stage is Stage.MOVING:
             self.break_off(f"Nothing moved for {self.timeout} seconds")
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether it is this side that lets nothing move, and not for longer than what it waits for may take."""
+        held = self._held_since
+        return held is not None and time.monotonic() - held < max(LONGEST_HOLD, self.timeout or 0)
 
     def handle_error(self) -> None:
         """Answer the exception that is being handled with its reason."""

@@ -345,7 +345,8 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
     `base` reads the version that is changed; None where the file begins empty, or where `begin` knows what it goes on
     from (then `size` is how long that is). `begin` makes the draft out of the complete base, in any thread, and
     `publish` makes it the file; `give_up` gets a draft that will not be. Where nothing is written to a file that was
-    there, nothing is published.
+    there, nothing is published. `admit(more)` raises why there is no room for so many bytes more (0: nobody knows how
+    many), or returns a future to await before it is asked again.
     """
 
     def __init__(
@@ -358,6 +359,7 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         publish: Callable[[D, Confirm], None],
         give_up: Callable[[D], None],
         run: Callable[[Callable[[], object]], None],
+        admit: Callable[[int], Future[None] | None] = lambda more: None,
         base: CachedReadHandle | None = None,
         size: int = 0,
         creates: bool = True,
@@ -374,6 +376,7 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         self._publish = publish
         self._abandon_draft = give_up
         self._run = run
+        self._admit = admit
         self._base = base
         self._size = base.size if base is not None else size
         self._creates = creates
@@ -453,8 +456,12 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
             return self._late
         return self._draft.pressure() if self._draft is not None else None
 
+    def admit(self) -> Future[None] | None:
+        return self._admit(0)
+
     def reserve(self, size: int) -> None:
-        """Say how long the file will be, as ALLO does; raises ENOSPC once it is known that it cannot be."""
+        """Say how long the file will be, as ALLO does; raises EFBIG, ENOSPC or EFULL where it cannot be."""
+        self._admit(size if self._base is not None else max(0, size - self._size))
         self._reserved = size
         if self._draft is not None:
             self._draft.reserve(size)

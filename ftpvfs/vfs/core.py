@@ -169,7 +169,7 @@ class Core:
             timed=self._timed,
             clock=self._clock,
         )
-        cache.start()
+        cache.start(hurry=writeback.notify)
         writeback.start()
         return CacheParts(cache, downloads, writeback, Pending(cache, writeback, self.changed))
 

@@ -134,8 +134,18 @@ class Handle(io.RawIOBase):
         """Return what to await before more is accepted; None when more may come. Raises what failed meanwhile."""
         return None
 
+    def admit(self) -> Future[Any] | None:
+        """See, before the first byte, whether what is written can be stored; raise why not, as far as that is known.
+
+        Return a future to await before this is asked again; None where bytes may come. May have to wait (`WouldWait`).
+        """
+        return None
+
     def reserve(self, size: int) -> None:
-        """Take note that the file will have `size` bytes. Raises ENOSPC where that is known to be too many."""
+        """Take note that the file will have `size` bytes; raise EFBIG, ENOSPC or EFULL where that is too many.
+
+        May have to wait (`WouldWait`).
+        """
 
     def abandon(self) -> None:
         """Close without publishing anything."""
@@ -447,7 +457,10 @@ class WritingHandle(Handle):
 
 
 class WriteHandle(WritingHandle):
-    """A file streamed to the store. The store hears of it with the first full part, or at `commit`."""
+    """A file streamed to the store. The store hears of it with the first full part, or at `commit`.
+
+    `check_size` raises why no file of so many bytes can be stored; 0 where nobody knows how many come.
+    """
 
     def __init__(
         self,
@@ -457,10 +470,12 @@ class WriteHandle(WritingHandle):
         publish: Callable[[Upload, Confirm], None],
         *,
         autocommit: bool,
+        check_size: Callable[[int], object] = lambda size: None,
     ) -> None:
         super().__init__(path, name, autocommit=autocommit)
         self._begin = begin
         self._publish = publish
+        self._check_size = check_size
         self._upload: Upload | None = None
         self._position = 0
 
@@ -481,6 +496,12 @@ class WriteHandle(WritingHandle):
         self._check_open()
         reason = "Seeking in a file that is written needs --vfs-cache-mode writes or full"
         raise failure(errno.ESPIPE, self.path, reason)
+
+    def admit(self) -> None:
+        self._check_size(0)
+
+    def reserve(self, size: int) -> None:
+        self._check_size(size)
 
     def write(self, data: ReadableBuffer) -> int:
         """Take all of `data`; blocks while the store is slower. After an error nothing can be published any more."""

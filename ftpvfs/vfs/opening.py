@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from ftpvfs.backend.backend import ABSENT, ANY, Condition, Entry, Upload
@@ -112,7 +113,12 @@ class Opening:
             if core.parts is not None:
                 core.parts.writeback.stored(request.user, path, entry)
 
-        return WriteHandle(path, request.name, begin, publish, autocommit=request.autocommit)
+        def check_size(size: int) -> None:
+            core.backend.admit(path, size)
+
+        return WriteHandle(
+            path, request.name, begin, publish, autocommit=request.autocommit, check_size=check_size
+        )
 
     def _mtime(self) -> float | None:
         return None if self._options.no_modtime else self._clock.time()
@@ -153,6 +159,7 @@ class Opening:
             publish=lambda draft, confirm: self._publish(request, draft, confirm),
             give_up=lambda draft: draft.abandon(),
             run=self._parts.downloads.run,
+            admit=lambda more: self._admit(path, more),
             base=base,
             size=0 if request.partial is None else request.partial.size,
             # What is gone on with is the file from then on, also where not a byte was left to come.
@@ -160,6 +167,12 @@ class Opening:
             autocommit=request.autocommit,
             seekable=not self._options.no_seek,
         )
+
+    def _admit(self, path: str, more: int) -> Future[None] | None:
+        """See whether `more` bytes fit into the cache, and later into an object at the store."""
+        backend = self._core.backend
+        backend.check_size(path, more, backend.capability.largest)
+        return self._parts.cache.space.admit(more)
 
     def _draft(self, request: Request, base: CachedReadHandle | None) -> Tee:
         """Begin the file that is written, at the store at the same time where that is what a reply waits for."""
