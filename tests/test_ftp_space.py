@@ -1,4 +1,4 @@
-"""Room for uploads: a cache over its size slows them down, and what can be known to fail is said before the first byte."""
+"""Room for uploads: a cache over its size slows them down, and what is known to fail is said before the first byte."""
 
 from __future__ import annotations
 
@@ -245,7 +245,9 @@ def test_a_full_disk_of_the_cache_is_told_before_the_first_byte(
     mounted: Callable[[str], Path], local_store: Store, ftp_server: Serve
 ) -> None:
     disk = mounted("size=32m,mode=700")
-    with connect(ftp_server(local_store, cache_mode="writes", cache_dir=str(disk / "cache"))) as ftp:
+    with connect(ftp_server(local_store, cache_mode="writes", cache_dir=str(disk / "cache"), write_back=0)) as ftp:
+        assert upload(ftp, "a", b"x").startswith("226 ")
+        wait_until(lambda: local_store.list() == {"a"}, timeout=60)
         filling = fill(disk)
         assert refused(ftp, "STOR a").startswith("552 ")
         filling.unlink()
