@@ -14,6 +14,8 @@ ECHANGED = errno.ESTALE
 # The cache has all that it may hold, and write-back makes room: that passes, unlike a disk's ENOSPC or EDQUOT, and no
 # disk says it of a file.
 EFULL = errno.ENOBUFS
+# The store itself is not there: no such bucket, container or root folder. ENOENT says that of a path inside it.
+ENOSTORE = errno.ENXIO
 # What keeps a store from answering; what is cached is as good as an answer then.
 AWAY = frozenset({
     errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EBUSY,

@@ -25,6 +25,7 @@ from ftpvfs.cache.bans import Bans
 from ftpvfs.cache.left import left_caches
 from ftpvfs.config import Address, Config, ConfigError, Listener, format_address, format_size
 from ftpvfs.coordination.sessions import SessionTable
+from ftpvfs.errors import AWAY, ENOSTORE
 from ftpvfs.logs import written_by_a_thread
 from ftpvfs.metrics import Metrics
 from ftpvfs.server.limits import BACKLOG, Door, Limits
@@ -37,7 +38,7 @@ logger = logging.getLogger("ftpvfs")
 # Seconds after which the log says that a store has not answered yet.
 STORE_PATIENCE = 5.0
 # What time does not mend. Every other errno may be the network's; the store is asked again when it is needed.
-FATAL = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EINVAL}
+FATAL = {ENOSTORE, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EINVAL}
 # An address of no network, to which nothing is sent: the system says which of its own it would send from.
 ELSEWHERE = ("192.0.2.1", 9)
 
@@ -233,7 +234,8 @@ class _Server:
             if self._count > 1:
                 _check_shared(vfs)
         except Exception as error:
-            if vfs is self._assembly.vfs:
+            is_away = isinstance(error, OSError) and error.errno in AWAY  # as for a worker that is started anew
+            if vfs is self._assembly.vfs and not is_away:
                 raise StartError(reason(error)) from error
             tell("%s: %s", vfs.name, reason(error))
 

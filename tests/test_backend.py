@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ftpvfs.backend.backend import Backend, Entry
+from ftpvfs.errors import ENOSTORE
 from tests.conftest import STORES, Store
 from tests.servers import SFTPServer
 
@@ -108,7 +109,7 @@ def test_check_is_content_with_an_empty_place(backend: Backend) -> None:
 def test_check_names_a_folder_that_is_missing(place: Store, make_backend: Callable[..., Backend]) -> None:
     backend = make_backend(f"{place.url}/nowhere", place.storage_options)
 
-    with failing(errno.ENOENT) as failed:
+    with failing(ENOSTORE) as failed:
         backend.check()
     assert "nowhere" in failed.value.filename
 
@@ -117,7 +118,7 @@ def test_check_names_a_folder_that_is_missing(place: Store, make_backend: Callab
 def test_check_names_a_bucket_that_is_missing(place: Store, make_backend: Callable[..., Backend]) -> None:
     backend = make_backend(f"{place.kind}://no-such-bucket-here/prefix", place.storage_options)
 
-    with failing(errno.ENOENT) as failed:
+    with failing(ENOSTORE) as failed:
         backend.check()
     assert "No such bucket" in str(failed.value)
     assert "no-such-bucket-here" in failed.value.filename

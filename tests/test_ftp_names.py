@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ftplib
+import io
 import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -311,3 +313,74 @@ def test_times_out_of_this_world_do_not_break_a_listing(store: Store, ftp: ftpli
         assert reply(ftp, f"MDTM {name}")[:4] in {"213 ", "550 "}
         assert reply(ftp, f"MLST {name}").startswith("250-")
         assert download(ftp, name) == CONTENT
+
+
+# -- names that a store can never hold
+
+
+def refused_at_once(ftp: ftplib.FTP, command: str) -> str:
+    """The reply to a command that is to be refused before a byte is asked for."""
+    answer = reply(ftp, command)
+    assert answer.startswith("553 "), (command, answer)
+    return answer
+
+
+@pytest.mark.parametrize("store", ["s3", "gs"], indirect=True)
+@pytest.mark.parametrize("mode", ["off", "minimal", "writes", "full"])
+def test_a_key_that_is_too_long_is_refused_before_the_first_byte(
+    store: Store, make_vfs: Callable[..., Any], ftp_server: Serve, mode: str
+) -> None:
+    vfs = make_vfs(store, cache_mode=mode, dir_markers=True)
+    above = f"{'n' * 200}/" * 4
+    room = 1023 - len(store.root.partition("/")[2]) - 1 - len(above)  # the key of a folder's marker ends with a slash
+    longest = above + "n" * room
+    with connect(ftp_server(vfs)) as ftp:
+        folder = ""
+        for name in longest.split("/")[:-1]:
+            folder = f"{folder}/{name}"
+            ftp.mkd(folder)
+        ftp.storbinary(f"STOR {longest}", io.BytesIO(CONTENT))
+        ftp.storbinary("STOR short", io.BytesIO(CONTENT))
+        ftp.makepasv()
+        for verb in ("STOR", "APPE", "MKD"):
+            assert "1025 bytes of UTF-8 and the store takes 1024" in refused_at_once(ftp, f"{verb} {longest}x")
+        assert reply(ftp, "RNFR short").startswith("350 ")
+        refused_at_once(ftp, f"RNTO {longest}x")
+    vfs.sync(timeout=30)
+    assert {longest, "short"} <= store.list()
+    assert f"{longest}x" not in store.list()
+
+
+def test_gcs_refuses_the_names_that_it_keeps_for_itself(make_store: Callable[..., Store], ftp_server: Serve) -> None:
+    store = make_store("gs", whole_bucket=True)
+    with connect(ftp_server(store)) as ftp:
+        ftp.mkd("/.well-known")
+        refused_at_once(ftp, "MKD /.well-known/acme-challenge")
+        assert upload(ftp, "/.well-known/other", CONTENT).startswith("226 ")
+
+
+@pytest.mark.parametrize("mode", ["off", "writes"])
+def test_a_local_path_that_is_too_long_is_refused_before_the_first_byte(
+    local_store: Store, ftp_server: Serve, mode: str
+) -> None:
+    with connect(ftp_server(local_store, cache_mode=mode)) as ftp:
+        while len(local_store.root) + len(ftp.pwd()) < 3890:
+            ftp.mkd("n" * 200)
+            ftp.cwd("n" * 200)
+        ftp.makepasv()
+        for verb in ("STOR", "APPE", "MKD"):
+            refused_at_once(ftp, f"{verb} {'n' * 250}")
+            refused_at_once(ftp, f"{verb} {'n' * 256}")
+
+
+@pytest.mark.parametrize("store", ["s3", "gs"], indirect=True)
+def test_a_folder_is_not_renamed_where_a_key_below_it_becomes_too_long(store: Store, ftp_server: Serve) -> None:
+    inside = "/".join(["i" * 250] * 3)
+    store.write(f"d/{inside}/a", CONTENT)
+    store.write("d/b", CONTENT)
+    before = store.list()
+    with connect(ftp_server(store)) as ftp:
+        assert reply(ftp, "RNFR d").startswith("350 ")
+        answer = refused_at_once(ftp, f"RNTO {'t' * 255}")
+        assert "nothing was renamed" in answer
+    assert store.list() == before

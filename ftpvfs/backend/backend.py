@@ -237,7 +237,14 @@ class Backend(ABC):
         self.tuning = tuning
         self.retry = Retry(tuning.low_level_retries, tuning.read_timeout)
         self.display = display_url(url)
+        # Called when a bucket that was there has gone, so that what is cached of it is doubtful. In any thread; it must
+        # not wait.
+        self.when_gone: Callable[[], object] = lambda: None
         self._secrets = sorted(set(secrets_in(storage_options)) | set(secrets_in_url(url)), key=len, reverse=True)
+
+    @classmethod
+    def before_fork(cls, url: str) -> None:
+        """Note what processes that are forked later should know of the store; no other machine is asked."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.display}>"
@@ -292,7 +299,11 @@ class Backend(ABC):
         raise self.unsupported(path, "opening files of the store directly")
 
     def check_name(self, path: str) -> None:
-        """Raise what an upload to a path where nothing is would fail with for ever, as far as a quick look tells."""
+        """Raise why no file or folder of this name can ever be made, as far as a quick look tells.
+
+        EINVAL and ENAMETOOLONG for a name that the store does not take; EEXIST where something stands that listings
+        leave out. No store over a network is asked.
+        """
 
     def admit(self, path: str, size: int = 0) -> None:
         """Raise what an upload of `size` bytes (0: nobody knows how many) that begins now would fail with at its end.
@@ -336,8 +347,15 @@ class Backend(ABC):
         raise self.unsupported(path, "making folders")
 
     def rmdir(self, path: str) -> None:
-        """Remove an empty folder, or the object that marks one; nothing to remove is no error."""
+        """Remove an empty folder, or the object that marks one; nothing to remove is no error.
+
+        ENOTEMPTY where anything lies in it (see `require_empty`).
+        """
         raise self.unsupported(path, "removing folders")
+
+    @abstractmethod
+    def require_empty(self, path: str) -> None:
+        """Raise ENOTEMPTY where anything lies in the folder, also what listings leave out; a missing one is empty."""
 
     def remove(self, path: str, *, only: str | None = None) -> None:
         """Remove one object; ENOENT where the store can tell.
@@ -411,6 +429,11 @@ class Backend(ABC):
             return None
         return None if entry.is_dir and not self.capability.real_directories else entry.fingerprint or ""
 
+    def not_empty(self, path: str, name: str) -> OSError:
+        """Return the error for a folder in which `name` lies, which listings may leave out."""
+        reason = f"The folder is not empty: {name!r} is in it, which listings may leave out"
+        return failure(errno.ENOTEMPTY, path, reason)
+
     def unsupported(self, path: str, what: str) -> OSError:
         """Return the error for what this store cannot do."""
         if not self.capability.writes:
@@ -467,8 +490,8 @@ def root_of(url: str) -> str:
 
 
 def preload(url: str) -> None:
-    """Import what a URL's backend needs. Raises ImportError naming the package that is missing."""
-    _backend_class(protocol_of(url))
+    """Import what a URL's backend needs, for processes that are forked later; ImportError naming a missing package."""
+    _backend_class(protocol_of(url)).before_fork(url)
 
 
 def is_shared(url: str) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
-from ftpvfs.errors import ECHANGED, EUNSUPPORTED, failure
+from ftpvfs.errors import ECHANGED, ENOSTORE, EUNSUPPORTED, failure
 
 
 class TimedOut(TimeoutError):
@@ -40,7 +40,7 @@ FORBIDDEN = Meaning(errno.EACCES, "The store denies access")
 CREDENTIALS = Meaning(errno.EACCES, "The store does not accept the credentials")
 NO_CREDENTIALS = Meaning(errno.EACCES, "No credentials for the store: set them in the environment or with --option")
 FORGOTTEN = Meaning(errno.ENOENT, "The store has forgotten the upload")
-NO_BUCKET = Meaning(errno.ENOENT, "No such bucket")
+NO_BUCKET = Meaning(ENOSTORE, "No such bucket")
 THROTTLED = Meaning(errno.EBUSY, "The store is busy and asks to slow down", transient=True)
 BROKEN = Meaning(errno.EIO, "The store failed to answer the request", transient=True)
 UNREACHABLE = Meaning(errno.EHOSTUNREACH, "The store cannot be reached", transient=True)
@@ -82,7 +82,7 @@ BY_S3_CODE: Mapping[str, Meaning] = {
     "NoSuchVersion": MISSING,
     "NoSuchUpload": FORGOTTEN,
     "NoSuchBucket": NO_BUCKET,
-    "InvalidBucketName": Meaning(errno.ENOENT, "Not a valid bucket name"),
+    "InvalidBucketName": Meaning(ENOSTORE, "Not a valid bucket name"),
     "AccessDenied": FORBIDDEN,
     "AccountProblem": FORBIDDEN,
     "AllAccessDisabled": FORBIDDEN,
@@ -149,7 +149,7 @@ BY_CLASS: Mapping[str, Meaning] = {
     "ResponseParserError": BROKEN,
     "ParseError": BROKEN,  # what should be XML or JSON is something else: a gateway in between, or an answer cut short
     "JSONDecodeError": BROKEN,
-    "InvalidDNSNameError": Meaning(errno.ENOENT, "Not a valid bucket name"),
+    "InvalidDNSNameError": Meaning(ENOSTORE, "Not a valid bucket name"),
     "ParamValidationError": BAD_REQUEST,
     "InvalidRegionError": Meaning(errno.EINVAL, "Not a valid region name"),
     "NoRegionError": Meaning(errno.EINVAL, "No region is set for the store"),

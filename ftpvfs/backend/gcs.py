@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -39,7 +39,7 @@ from ftpvfs.backend.backend import (
 )
 from ftpvfs.backend.capability import Capability
 from ftpvfs.backend.checksum import Checksum
-from ftpvfs.backend.errors import CHANGED, is_transient
+from ftpvfs.backend.errors import CHANGED, NO_BUCKET, is_transient
 from ftpvfs.backend.objectstore import ListedPage, ObjectStoreBackend, PartsFile, PartsUpload, Slice, bytes_of, md5
 from ftpvfs.errors import failure
 
@@ -52,6 +52,8 @@ RESUME_INCOMPLETE = 308
 # rclone's and gsutil's metadata keys, so that all agree on times: RFC 3339, and whole seconds since the epoch.
 MTIME = "mtime"
 MTIME_GSUTIL = "goog-reserved-file-mtime"
+# What no key can begin with: https://cloud.google.com/storage/docs/objects#naming
+RESERVED = ".well-known/acme-challenge/"
 FIELDS = "name,size,generation,updated,md5Hash,crc32c,metadata"
 # What a rewrite with new metadata would otherwise lose; access lists are the target bucket's.
 KEPT_FIELDS = (
@@ -95,21 +97,32 @@ class GCSBackend(ObjectStoreBackend):
             total=None, sock_connect=tuning.connect_timeout, sock_read=tuning.read_timeout
         )
         with self.errors(self.display):
-            self.fs = OneTryGCSFileSystem(**{"requests_timeout": timeout, **UNCACHED, **storage_options})
+            options = {"requests_timeout": timeout, **UNCACHED, **storage_options}
+            # What is stored with `Content-Encoding: gzip` is read as it is stored, with the size and hash it has there.
+            options["session_kwargs"] = {**options.get("session_kwargs", {}), "auto_decompress": False}
+            self.fs = OneTryGCSFileSystem(**options)
 
     def close(self) -> None:
         if self.fs._session is not None:
             asyncio.run_coroutine_threadsafe(self.fs._session.close(), self.fs.loop)
 
     async def call(
-        self, method: str, url: str, *names: str, data: bytes | None = None, **arguments: Any
+        self,
+        method: str,
+        url: str,
+        *names: str,
+        data: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        **arguments: Any,
     ) -> tuple[int, Mapping[str, str], bytes]:
-        """Make one request; `names` fill the URL's `{}`; return status, headers and body.
+        """Make one request; `names` fill the URL's `{}`; return status, headers and body as they were sent.
 
         308 (Resume Incomplete) comes back as it is: without a Location, aiohttp takes it for no redirect.
         """
         body = None if data is None else io.BytesIO(data)  # aiohttp sends it in pieces, and large bytes in one
-        request = self.fs._request(method, url, *names, data=body, **arguments)
+        # Nothing unpacks what comes (`auto_decompress` is off), so nothing is to be packed for the way either.
+        headers = {"Accept-Encoding": "identity", **(headers or {})}
+        request = self.fs._request(method, url, *names, data=body, headers=headers, **arguments)
         try:
             status, headers, _, content = await (self.within_time(len(data), request) if data else request)
         except FileExistsError:  # gcsfs's name for 412
@@ -120,12 +133,18 @@ class GCSBackend(ObjectStoreBackend):
         """Make one request and return its JSON answer."""
         return json.loads((await self.call(method, url, *names, **arguments))[2] or b"{}")  # type: ignore[no-any-return]
 
-    def check(self) -> None:
+    @contextlib.contextmanager
+    def _about_bucket(self) -> Iterator[None]:
+        """A request inside is about the bucket alone: 404 says that there is none."""
         try:
-            self.ask("", lambda: self.json("GET", "b/{}/o", self.bucket, prefix=self.folder_key(""), maxResults=1))
-        except OSError as error:
-            reason = "No such bucket" if error.errno == errno.ENOENT else error.strerror
-            raise failure(error.errno or errno.EIO, self.display, reason) from error
+            yield
+        except FileNotFoundError:
+            raise failure(NO_BUCKET.code, self.display, NO_BUCKET.reason) from None  # the cause would be taken for it
+
+    def check_name(self, path: str) -> None:
+        super().check_name(path)
+        if self.folder_key(path).startswith(RESERVED):
+            raise failure(errno.EINVAL, path, f"No name in this store can begin with {RESERVED}")
 
     # --- reading
 
@@ -137,7 +156,8 @@ class GCSBackend(ObjectStoreBackend):
             "fields": f"items({FIELDS}),prefixes,nextPageToken",
         }
         while True:
-            answer = await self.retry.acall(lambda: self.json("GET", "b/{}/o", self.bucket, **arguments))
+            with self._about_bucket():
+                answer = await self.retry.acall(lambda: self.json("GET", "b/{}/o", self.bucket, **arguments))
             yield self._page(answer, prefix)
             if limit or not answer.get("nextPageToken"):
                 return
@@ -163,7 +183,10 @@ class GCSBackend(ObjectStoreBackend):
     async def read(self, path: str, start: int, stop: int, fingerprint: str | None) -> Pieces:
         _, headers, data = await self.call(
             "GET", f"{self.fs._location}/download/storage/v1/b/{{}}/o/{{}}", self.bucket, self.key(path),
-            alt="media", ifGenerationMatch=fingerprint, headers={"Range": f"bytes={start}-{stop - 1}"},
+            alt="media", ifGenerationMatch=fingerprint,
+            # Else the store itself unpacks what is stored as gzip, and knows no ranges of it:
+            # https://cloud.google.com/storage/docs/transcoding
+            headers={"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "gzip"},
         )  # fmt: skip
         # fake-gcs-server heeds no condition here, but says which version it sends, as the real service does.
         if fingerprint is not None and headers.get("X-Goog-Generation", fingerprint) != fingerprint:
@@ -208,14 +231,15 @@ class GCSBackend(ObjectStoreBackend):
             boundary + b"--", b"",
         ))  # fmt: skip
         try:
-            answer = await self.json(
-                "POST",
-                self.upload_url(),
-                uploadType="multipart",
-                ifGenerationMatch=_generation(replaces),
-                headers={"Content-Type": f'multipart/related; boundary="{name}"'},
-                data=body,
-            )
+            with self._about_bucket():
+                answer = await self.json(
+                    "POST",
+                    self.upload_url(),
+                    uploadType="multipart",
+                    ifGenerationMatch=_generation(replaces),
+                    headers={"Content-Type": f'multipart/related; boundary="{name}"'},
+                    data=body,
+                )
         except Exception as error:
             if not self.is_refusal(error, path, replaces):
                 raise
@@ -252,8 +276,11 @@ class GCSBackend(ObjectStoreBackend):
         return entry
 
     async def delete(self, path: str, only: str | None = None) -> None:
-        with contextlib.suppress(FileNotFoundError):  # as on S3: an earlier try's answer may have been lost
+        try:
             await self.call("DELETE", "b/{}/o/{}", self.bucket, self.key(path), ifGenerationMatch=only)
+        except FileNotFoundError:  # as on S3: an earlier try's answer may have been lost; or there is no bucket
+            self._is_bucket_seen = False
+            await self.require_bucket()
 
     async def duplicate(self, source: str, target: str, mtime: float | None) -> Entry:
         if source == target:
@@ -312,17 +339,22 @@ class GCSUpload(PartsUpload):
     async def send(self, number: int, offset: int, data: bytes | Slice) -> None:
         body = bytes_of(data) if isinstance(data, bytes) else await asyncio.to_thread(bytes_of, data)
         if self._location is None:
+            self._location = await self._begin()
+        if self._hashed == offset:  # not so when the part is sent again
+            await asyncio.to_thread(self._digest.update, body)
+            self._hashed += len(body)
+        await self._chunk(body, offset)
+
+    async def _begin(self) -> str:
+        """Begin the upload; return the URL of its session."""
+        with self.backend._about_bucket():
             _, headers, _ = await self.backend.call(
                 "POST", self.backend.upload_url(), uploadType="resumable", name=self.backend.key(self.path),
                 ifGenerationMatch=_generation(self.replaces),
                 json={"name": self.backend.key(self.path), "metadata": _metadata(self.mtime)},
                 headers={"X-Upload-Content-Type": "application/octet-stream"},
             )  # fmt: skip
-            self._location = headers["Location"]
-        if self._hashed == offset:  # not so when the part is sent again
-            await asyncio.to_thread(self._digest.update, body)
-            self._hashed += len(body)
-        await self._chunk(body, offset)
+        return headers["Location"]
 
     async def _chunk(
         self, data: bytes, offset: int, total: int | None = None, digest: str | None = None

@@ -40,7 +40,7 @@ from ftpvfs.backend.backend import (
     read_exactly,
 )
 from ftpvfs.backend.capability import GENERIC, OBJECT_STORE
-from ftpvfs.errors import ECHANGED, failure
+from ftpvfs.errors import ECHANGED, ENOSTORE, failure
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ SPOOL_BYTES = 2**20
 IGNORE_RANGES = frozenset({"sftp", "ssh"})
 # Whose filesystem is one connection, and is of no use any more once that is lost.
 ONE_CONNECTION = frozenset({"sftp", "ssh", "ftp", "smb"})
+# What aiohttp fetches.
+WEB = frozenset({"http", "https"})
 TIME_KEYS = ("mtime", "last_modified", "LastModified", "modified", "updated", "created", "date_time")
 VERSION_KEYS = ("ETag", "etag", "content_md5", "generation", "version_id", "created", "CRC")
 
@@ -65,7 +67,7 @@ class GenericBackend(Backend):
     def __init__(self, url: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
         super().__init__(url, "", storage_options, tuning)
         self._protocol = protocol_of(url)
-        options = {**_time_limits(self._protocol, tuning), **storage_options}
+        options = _as_stored(url, {**_time_limits(self._protocol, tuning), **storage_options})
         self._make = functools.partial(filesystem, url, options)
         self._reconnecting = threading.Lock()
         # None until it is used where making it means to connect. Protected by _reconnecting, as is the last failure of
@@ -79,6 +81,8 @@ class GenericBackend(Backend):
             self._fs, root = self._made_now()
         self.root = root.rstrip("/")
         self.capability = GENERIC.get(self._protocol, OBJECT_STORE)
+        # Whether the root is known to be there, so that a missing name is taken for just that.
+        self._is_root_seen = False
         self._ignores_ranges = self._protocol in IGNORE_RANGES
         self._threads = ThreadPoolExecutor(tuning.checkers, thread_name_prefix="ftpvfs-store")
 
@@ -109,8 +113,12 @@ class GenericBackend(Backend):
                     raise
             return self._fs
 
-    def run(self, path: str, operation: Callable[[], Any]) -> Any:
-        """Run a blocking request with retries, over a new connection where the one that there was is lost."""
+    def run(self, path: str, operation: Callable[[], Any], *, changes: bool = False) -> Any:
+        """Run a blocking request with retries, over a new connection where the one that there was is lost.
+
+        What is missing is looked at once more: ENOSTORE, or EHOSTUNREACH, where that is the root. After a request that
+        `changes` the store always, else while the root was not seen.
+        """
 
         def attempt() -> Any:
             used = self.fs
@@ -121,7 +129,33 @@ class GenericBackend(Backend):
                     self._reconnect(used)
                 raise
 
-        return super().run(path, attempt)
+        try:
+            outcome = super().run(path, attempt)
+        except FileNotFoundError:
+            if changes or not path or not self._is_root_seen:
+                self._require_root(path)
+            raise
+        self._is_root_seen = True
+        return outcome
+
+    def _require_root(self, path: str) -> None:
+        """Raise where what the URL names is not there: ENOSTORE where it never was, EHOSTUNREACH where it has gone.
+
+        Where folders are mere prefixes of keys that is the container alone, the first name in the root. What is only
+        read need not show its root (a web server without a list of its files), unless that is what is asked for.
+        """
+        is_folder = self.capability.real_directories
+        anchor = self.root if is_folder else "/".join(self.root.split("/")[: 2 if self.root.startswith("/") else 1])
+        if not anchor.strip("/") or (path and not self.capability.writes):
+            return
+        try:
+            super().run(path, lambda: self.fs.info(anchor))
+        except FileNotFoundError as error:
+            if is_folder and self._is_root_seen:
+                raise failure(errno.EHOSTUNREACH, path, "The store's folder is not there any more") from error
+            what = "The store's folder does not exist" if is_folder else "No such container"
+            raise failure(ENOSTORE, path, what) from error
+        self._is_root_seen = True
 
     def _reconnect(self, lost: Any) -> None:
         """Make the filesystem anew, once for all threads that lost the same connection."""
@@ -133,7 +167,7 @@ class GenericBackend(Backend):
         """Run a request that changes the store, where the store has such: fsspec's own default is to do nothing."""
         if not self.capability.writes:
             raise self.unsupported(path, "changes")
-        return self.run(path, operation)
+        return self.run(path, operation, changes=True)
 
     def key(self, path: str) -> str:
         """Return the filesystem's name of the path; its root keeps whatever form it has there."""
@@ -144,15 +178,24 @@ class GenericBackend(Backend):
 
     def check(self) -> None:
         try:
-            found = self.run("", lambda: self.fs.ls(self.key(""), detail=False))
+            self.run("", self._look_at_root)
         except OSError as error:
-            raise failure(error.errno or errno.EIO, self.display, error.strerror) from error
-        if found is None:
-            raise failure(errno.ENOENT, self.display)
+            # Folders that are prefixes: nothing has the one that the URL names, in a container that is there.
+            if error.errno != errno.ENOENT or self.capability.real_directories:
+                raise failure(error.errno or errno.EIO, self.display, error.strerror) from error
+
+    def _look_at_root(self) -> None:
+        if self.fs.ls(self.key(""), detail=False) is None:  # as some say that there is nothing
+            raise failure(errno.ENOENT, "")
 
     def list(self, path: str) -> list[Entry]:
         key = self.key(path)
-        found = self.run(path, lambda: self.fs.ls(key, detail=True))
+        try:
+            found = self.run(path, lambda: self.fs.ls(key, detail=True))
+        except FileNotFoundError:
+            if path or self.capability.real_directories:
+                raise
+            return []  # a container in which nothing has the prefix that the URL names
         if any(info["type"] != "directory" and info["name"] == key for info in found):
             raise failure(errno.ENOTDIR, path)
         inside = [info for info in found if info["name"].rstrip("/") != key.rstrip("/")]
@@ -173,7 +216,17 @@ class GenericBackend(Backend):
     def stat(self, path: str) -> Entry:
         if not path:
             return Entry("", is_dir=True)
-        return self._entry(self.run(path, lambda: self.fs.info(self.key(path))))
+        info = self.run(path, lambda: self.fs.info(self.key(path)))
+        if self._protocol in WEB and info.get("size") is None:
+            info = {**info, "size": self.run(path, lambda: sync(self.fs.loop, self._length, self.key(path)))}
+        return self._entry(info)
+
+    async def _length(self, url: str) -> int | None:
+        """Return the bytes that a web server will send of a file; fsspec knows none where the file is stored packed."""
+        session = await self.fs.set_session()
+        async with session.head(url, allow_redirects=True, **self.fs.kwargs) as answer:
+            answer.raise_for_status()
+            return answer.content_length  # type: ignore[no-any-return]
 
     def _entry(self, info: Mapping[str, Any]) -> Entry:
         name = paths.split(info["name"].rstrip("/"))[1]
@@ -239,10 +292,10 @@ class GenericBackend(Backend):
         file.seek(0)
         if not self.capability.renames_files:
             data = file.read()
-            self.run(path, lambda: self.fs.pipe_file(self.key(path), data))
+            self.run(path, lambda: self.fs.pipe_file(self.key(path), data), changes=True)
         else:
             temporary = paths.join(paths.split(path)[0], f".ftpvfs-{secrets.token_hex(8)}.tmp")
-            self.run(path, lambda: self._send_and_rename(path, temporary, file))
+            self.run(path, lambda: self._send_and_rename(path, temporary, file), changes=True)
         entry = self.stat(path)
         if self.tuning.verify and entry.size != size:
             raise failure(errno.EIO, path, f"The store has {entry.size} bytes of {size} that were sent")
@@ -277,7 +330,26 @@ class GenericBackend(Backend):
     def mkdir(self, path: str) -> None:
         self._change(path, lambda: self.fs.mkdir(self.key(path), create_parents=False))
 
+    def check_name(self, path: str) -> None:
+        """Raise EINVAL for a name that is not UTF-8, which none of these stores but the memory takes."""
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            if self._protocol != "memory":
+                raise failure(errno.EINVAL, path, "The store's names are UTF-8, and this is not") from error
+
+    def require_empty(self, path: str) -> None:
+        key = self.key(path)
+        try:
+            found = self.run(path, lambda: self.fs.ls(key, detail=True))
+        except FileNotFoundError:
+            return
+        for info in found:
+            if info["name"].rstrip("/") != key.rstrip("/"):
+                raise self.not_empty(path, paths.split(info["name"].rstrip("/"))[1])
+
     def rmdir(self, path: str) -> None:
+        self.require_empty(path)
         # sshfs has the coroutine alone, and fsspec's own `rmdir` then does nothing, silently.
         if hasattr(self._class, "_rmdir"):
             self._change(path, lambda: sync(self.fs.loop, self.fs._rmdir, self.key(path)))
@@ -417,6 +489,29 @@ def _time_limits(protocol: str, tuning: Tuning) -> dict[str, Any]:
     if tuning.read_timeout:  # asyncssh gives up after three questions without an answer
         limits |= {"keepalive_interval": tuning.read_timeout / 3, "keepalive_count_max": 3}
     return limits
+
+
+def _as_stored(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the storage options with which a web server's files come as they are stored, byte by byte.
+
+    Else the HTTP client asks for them packed and unpacks them, and neither sizes nor ranges are those of the file.
+    """
+    as_stored = dict(options)
+    if "::" not in url:
+        return _http_options(as_stored) if protocol_of(url) in WEB else as_stored
+    for part in url.split("::"):
+        protocol = protocol_of(part)
+        if protocol in WEB:
+            as_stored[protocol] = _http_options(as_stored.get(protocol, {}))
+    return as_stored
+
+
+def _http_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **options,
+        "headers": {"Accept-Encoding": "identity", **options.get("headers", {})},
+        "client_kwargs": {"auto_decompress": False, **options.get("client_kwargs", {})},
+    }
 
 
 def _version(value: Any) -> str:

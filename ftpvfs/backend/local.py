@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from fsspec.implementations.local import LocalFileSystem
 
 from ftpvfs import paths
+from ftpvfs.backend import root as roots
 from ftpvfs.backend.backend import (
     ABSENT,
     ANY,
@@ -47,6 +48,8 @@ PIECE = 2**20
 # The name of a file on its way, where the system has no O_TMPFILE. Not listed.
 TEMPORARY_PREFIX = ".ftpvfs-"
 TEMPORARY_SUFFIX = ".tmp"
+# What a mount says whose server or FUSE program is gone.
+DEAD = {errno.ENOTCONN, errno.ENODEV, errno.ESHUTDOWN, getattr(errno, "EHOSTDOWN", errno.ENOTCONN)}
 # Why copy_file_range refuses a pair of files that can be copied by hand.
 NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
@@ -62,7 +65,7 @@ class LocalBackend(Backend):
     @classmethod
     def from_url(cls, url: str, storage_options: dict[str, Any], tuning: Tuning) -> Backend:
         """Make the backend; the one storage option is `sync` (default true): a file is on the disk when it is there."""
-        root = os.path.realpath(LocalFileSystem._strip_protocol(url))
+        root = _root(url)
         unknown = sorted(set(storage_options) - {"sync"})
         if unknown:
             raise ValueError(f"{unknown[0]} is no storage option of a local folder; it knows sync")
@@ -71,9 +74,14 @@ class LocalBackend(Backend):
             raise ValueError(f"storage option sync: {sync!r} is neither true nor false")
         return cls(root, root, tuning, sync=sync)
 
+    @classmethod
+    def before_fork(cls, url: str) -> None:
+        roots.served(_root(url))
+
     def __init__(self, url: str, root: str, tuning: Tuning, *, sync: bool) -> None:
         super().__init__(url, root, {}, tuning)
         self.sync = sync
+        self._served = roots.served(root)
         if may_hang(root):
             self.capability = replace(self.capability, answers_at_once=False)
 
@@ -100,15 +108,21 @@ class LocalBackend(Backend):
 
     def check(self) -> None:
         try:
+            self._served.require(self.root)
             os.scandir(self.root).close()
         except OSError as error:
             raise failure(error.errno or errno.EIO, self.root, error.strerror) from error
 
+    def close(self) -> None:
+        roots.forget(self._served)
+
     def list(self, path: str) -> list[Entry]:
         follow = self.tuning.follow_links
         entries = []
+        is_empty = True
         with self._renamed(path), os.scandir(self._folder(path)) as found:
             for item in found:
+                is_empty = False
                 if not paths.is_listable(item.name) or _is_temporary(item.name):
                     continue
                 try:
@@ -117,7 +131,16 @@ class LocalBackend(Backend):
                     continue  # removed meanwhile, or a link to nowhere, to itself or to where we may not look
                 if stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode):
                     entries.append(_entry(item.name, info))
+        if not path:
+            self._look_at_root(is_empty=is_empty)
         return entries
+
+    def _look_at_root(self, *, is_empty: bool) -> None:
+        """Raise where an empty root may be another folder than the served one."""
+        if is_empty:
+            self._served.require("")
+        else:
+            self._served.has_content()
 
     def stat(self, path: str) -> Entry:
         with self._renamed(path):
@@ -178,7 +201,9 @@ class LocalBackend(Backend):
 
     def mkdir(self, path: str) -> None:
         with self._renamed(path):
+            self._served.require(path)
             os.mkdir(self.locate(path))
+            self._served.has_content()
             self._sync_folder(os.path.dirname(self.locate(path)))
 
     def rmdir(self, path: str) -> None:
@@ -187,10 +212,17 @@ class LocalBackend(Backend):
             try:
                 os.rmdir(name)
             except OSError as error:
-                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST} or not all(map(_is_temporary, os.listdir(name))):
+                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
                     raise
+                self.require_empty(path)
                 self._clear(name)
             self._sync_folder(os.path.dirname(name))
+
+    def require_empty(self, path: str) -> None:
+        with self._renamed(path), contextlib.suppress(FileNotFoundError), os.scandir(self._folder(path)) as found:
+            for item in found:
+                if not _is_temporary(item.name):
+                    raise self.not_empty(path, item.name)
 
     def _clear(self, name: str) -> None:
         """Remove a folder that shows nothing: what a kill between giving a file its name and its place left behind."""
@@ -215,6 +247,8 @@ class LocalBackend(Backend):
                 self._sync_folder(folder)
 
     def check_name(self, path: str) -> None:
+        if not self.capability.answers_at_once:
+            about_to_wait(Wait.STORE)
         with self._renamed(path):
             self.refuse_hidden(path)
 
@@ -245,6 +279,11 @@ class LocalBackend(Backend):
         try:
             yield
         except OSError as error:
+            if error.errno in DEAD:
+                reason = f"The disk of the store's folder does not answer: {error.strerror}"
+                raise failure(errno.EHOSTUNREACH, path, reason) from error
+            if error.errno in roots.MISSING:
+                self._served.require(path)
             raise failure(error.errno or errno.EIO, path, error.strerror) from error
         except ValueError as error:  # a name that the disk's encoding cannot hold
             raise failure(errno.EINVAL, path, str(error)) from error
@@ -351,6 +390,7 @@ class LocalUpload(Upload):
     def _open(self) -> None:
         if self._descriptor >= 0:
             return
+        self._backend._served.require(self._path)
         folder = os.path.dirname(self._target())
         try:
             self._descriptor = os.open(folder, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
@@ -387,6 +427,7 @@ class LocalUpload(Upload):
                 self._publish(target)
             elif (found.st_size, found.st_mtime_ns) != (info.st_size, info.st_mtime_ns) or self._mtime is None:
                 raise not_replaceable(self._path, self._replaces)
+            self._backend._served.has_content()
             self._backend._sync_folder(os.path.dirname(target))
             info = found or os.fstat(self._descriptor)
         self.abort()  # only the descriptor is left to release
@@ -447,6 +488,10 @@ class LocalFileUpload(BlockwiseFile):
 
     def pass_on(self, offset: int, count: int) -> int:
         return self._upload.copy(self._descriptor, offset, count) or super().pass_on(offset, count)
+
+
+def _root(url: str) -> str:
+    return str(os.path.realpath(LocalFileSystem._strip_protocol(url)))
 
 
 def _mode(name: str) -> int:

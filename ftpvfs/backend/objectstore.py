@@ -37,7 +37,7 @@ from ftpvfs.backend.backend import (
     read_exactly,
 )
 from ftpvfs.backend.checksum import Checksum
-from ftpvfs.errors import ECHANGED, EUNSUPPORTED, failure
+from ftpvfs.errors import ECHANGED, ENOSTORE, EUNSUPPORTED, failure
 from ftpvfs.waiting import Wait, about_to_wait, result_of
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,10 @@ RESERVATION = 2**20
 SLOWEST_UPLOAD = 16 * 1024
 # True modification times asked for at once, for each of the `checkers`.
 MTIME_BATCH = 1000
+# Bytes of UTF-8 in a key, at S3 and at GCS:
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
+# https://cloud.google.com/storage/docs/objects#naming
+LONGEST_KEY = 1024
 
 
 class ObjectStoreBackend(Backend):
@@ -62,6 +66,9 @@ class ObjectStoreBackend(Backend):
         super().__init__(url, root, storage_options, tuning)
         self.bucket, _, self.prefix = root.strip("/").partition("/")
         self._knows_conditions = True  # until the store says that it does not
+        # Whether the bucket is known to be there: since an answer that proves it, until the store says that it is not.
+        # Touched on fsspec's event loop alone.
+        self._is_bucket_seen = False
 
     # --- the bridge to fsspec's event loop
 
@@ -78,7 +85,29 @@ class ObjectStoreBackend(Backend):
         try:
             return await self.retry.acall(request)
         except Exception as error:
-            raise self.translated(error, path) from error
+            known = self.translated(error, path)
+            if known.errno == ENOSTORE:
+                self._bucket_is_missing()
+            raise known from error
+
+    def _bucket_is_missing(self) -> None:
+        if self._is_bucket_seen:
+            self._is_bucket_seen = False
+            self.when_gone()
+
+    async def require_bucket(self) -> None:
+        """Raise ENOSTORE where there is no bucket; the store is asked only while that is not known.
+
+        To be called before anything is stored: some stores make a bucket that is missing for its first object.
+        """
+        if self._is_bucket_seen:
+            return
+        try:
+            await self._check()
+        except Exception as error:
+            if self.translated(error, "").errno != errno.EACCES:
+                raise
+            self._is_bucket_seen = True  # it may be written to and not listed
 
     async def within_time(self, size: int, request: Awaitable[T]) -> T:
         """Make a request that sends `size` bytes, unless it takes longer than on the slowest line that is of any use.
@@ -165,6 +194,16 @@ class ObjectStoreBackend(Backend):
 
     # --- the backend's contract
 
+    def check(self) -> None:
+        try:
+            self.ask("", self._check)
+        except OSError as error:
+            raise failure(error.errno or errno.EIO, self.display, error.strerror) from error
+
+    async def _check(self) -> None:
+        await anext(self.pages(self.folder_key(""), delimiter="/", limit=1))
+        self._is_bucket_seen = True
+
     def key(self, path: str) -> str:
         """Return the object's name in the bucket; EINVAL for one that is not UTF-8.
 
@@ -177,7 +216,11 @@ class ObjectStoreBackend(Backend):
         return paths.key(self.prefix, path)
 
     def check_name(self, path: str) -> None:
-        self.key(path)
+        """Raise EINVAL or ENAMETOOLONG for a key that the store does not take, as a file's or a folder marker's."""
+        length = len(self.folder_key(path).encode())
+        if length > LONGEST_KEY:
+            what = f"its key, with the slash of a folder, has {length} bytes of UTF-8 and the store takes {LONGEST_KEY}"
+            raise failure(errno.ENAMETOOLONG, path, f"The name is too long: {what}")
 
     def folder_key(self, path: str) -> str:
         """Return the prefix that all keys in the folder have."""
@@ -192,6 +235,7 @@ class ObjectStoreBackend(Backend):
         entries: dict[str, Entry] = {}
         found = not path
         async for page in self.pages(self.folder_key(path), delimiter="/"):
+            self._is_bucket_seen = True
             found = found or page.found
             for entry in page.entries:
                 self._add(entries, entry, path)
@@ -212,11 +256,15 @@ class ObjectStoreBackend(Backend):
 
     async def _stat(self, path: str) -> Entry:
         try:
-            return await self.head(path)
+            entry = await self.head(path)
         except Exception as error:
             if self.translated(error, path).errno != errno.ENOENT:
                 raise
+        else:
+            self._is_bucket_seen = True
+            return entry
         async for page in self.pages(self.folder_key(path), delimiter="/", limit=1):
+            self._is_bucket_seen = True
             if page.found:
                 return Entry(paths.split(path)[1], is_dir=True)
         raise failure(errno.ENOENT, path)
@@ -283,11 +331,25 @@ class ObjectStoreBackend(Backend):
         for name, outcome in failures[:1]:
             raise self.translated(outcome, name) from outcome
 
+    async def store(self, path: str, data: bytes, mtime: float | None, replaces: Condition = ANY) -> Entry:
+        """As `put`, where there is a bucket."""
+        await self.require_bucket()
+        return await self.put(path, data, mtime, replaces)
+
     def mkdir(self, path: str) -> None:
-        self.ask(path, lambda: self.put(path + "/", b"", None))
+        self.ask(path, lambda: self.store(path + "/", b"", None))
 
     def rmdir(self, path: str) -> None:
+        self.require_empty(path)
         self.ask(path, lambda: self.delete(path + "/"))
+
+    def require_empty(self, path: str) -> None:
+        self.ask(path, lambda: self._require_empty(path))
+
+    async def _require_empty(self, path: str) -> None:
+        async for page in self.pages(self.folder_key(path), delimiter="/", limit=1):
+            for entry in page.entries:
+                raise self.not_empty(path, entry.name)
 
     def copy(self, source: str, target: str) -> Entry:
         return self.ask(source, lambda: self.duplicate(source, target, None))
@@ -446,6 +508,7 @@ class PartsUpload(Upload):
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        await self.backend.require_bucket()
         return await self.send(number, offset, part)
 
     def prepare(self) -> None:
@@ -459,7 +522,7 @@ class PartsUpload(Upload):
         rest = b"".join(self._pieces)
         if not self._parts:
             entry = self.backend.ask(
-                self.path, lambda: self.backend.put(self.path, rest, self.mtime, self.replaces)
+                self.path, lambda: self.backend.store(self.path, rest, self.mtime, self.replaces)
             )
         else:
             parts = [part.result() for part in self._parts]

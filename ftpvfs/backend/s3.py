@@ -123,15 +123,6 @@ class S3Backend(ObjectStoreBackend):
             return await self.within_time(len(arguments["Body"]), request)
         return await request  # type: ignore[no-any-return]
 
-    def check(self) -> None:
-        async def probe() -> None:
-            await self.call("list_objects_v2", Prefix=self.folder_key(""), MaxKeys=1)
-
-        try:
-            self.ask("", probe)
-        except OSError as error:
-            raise failure(error.errno or errno.EIO, self.display, error.strerror) from error
-
     # --- reading
 
     async def pages(self, prefix: str, *, delimiter: str, limit: int | None = None) -> AsyncIterator[ListedPage]:

@@ -25,7 +25,7 @@ from ftpvfs.cache.records import DirtyRecord
 from ftpvfs.cache.uploadlog import UploadLog, Version
 from ftpvfs.clock import Clock
 from ftpvfs.coordination.locks import PathLocks
-from ftpvfs.errors import ECHANGED, failure
+from ftpvfs.errors import ECHANGED, ENOSTORE, failure
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ BLOCK = 2**20
 # What no store calls a version.
 NO_VERSION = ""
 # After these nobody needs to wonder whether the store did what it was asked for.
-REFUSALS = {ECHANGED, errno.ECANCELED, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EINVAL, errno.EROFS, errno.EFBIG,
-            errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC, errno.ELOOP}  # fmt: skip
+REFUSALS = {ECHANGED, ENOSTORE, errno.ECANCELED, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EINVAL, errno.EROFS,
+            errno.EFBIG, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC, errno.ELOOP}  # fmt: skip
 
 
 class Outcome(enum.Enum):

@@ -26,7 +26,7 @@ from pyftpdlib.handlers.ftp.producers import FileProducer
 from pyftpdlib.ioloop import _ERRNOS_DISCONNECTED, _ERRNOS_RETRY, AsyncChat
 from pyftpdlib.utils import is_ssl_sock
 
-from ftpvfs.errors import EFULL, failure, reason_of
+from ftpvfs.errors import EFULL, ENOSTORE, failure, reason_of
 from ftpvfs.readiness import Awaited, Bytes
 from ftpvfs.server.commands import Announced, announced, is_ended
 from ftpvfs.server.loop import is_watched, leave_loop
@@ -44,7 +44,8 @@ SENDS = 4
 # Where space is short: 452 says that it will not be for long, 552 that the client can do nothing about it.
 NO_SPACE = {EFULL: 452, errno.ENOSPC: 552, getattr(errno, "EDQUOT", errno.ENOSPC): 552, errno.EFBIG: 552}
 # What no other try will change; 451 would have a client send all again.
-FOR_GOOD = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
+FOR_GOOD = {ENOSTORE, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EINVAL,
+            errno.ENAMETOOLONG}  # fmt: skip
 # Seconds for which a transfer may be kept waiting here, for room in the cache, a rate or the store, without being taken
 # for one that stands still.
 LONGEST_HOLD = 60.0

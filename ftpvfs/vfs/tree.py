@@ -77,6 +77,8 @@ class TreeMove:
         """
         self._found = dict(_bounded(self._backend, self._source, limit))
         try:
+            for path in self._found:  # a name below may become too long
+                self._backend.check_name(self._new(path).rstrip("/"))
             if self._backend.capability.real_directories:
                 self._copy_folders(self._source, self._target)
             self._copy_all([path for path in self._found if self._new(path) not in self._leave_out])

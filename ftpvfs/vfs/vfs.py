@@ -576,6 +576,8 @@ class VFS:
     def _rename_folder(self, source: str, target: str, *, replaces: bool) -> None:
         core = self.core
         core.settle(target)
+        if replaces:
+            core.backend.require_empty(target)
         left = None
         try:
             with core.renaming_below(source, target) as dirty:
@@ -717,9 +719,7 @@ class VFS:
             raise failure(errno.EROFS, path, "The store is read-only")
 
     def _check_name(self, path: str) -> None:
-        """Raise what is wrong with a new name, where that would only be found out after the reply."""
-        if self.core.parts is None:
-            return
+        """Raise what is wrong with a new name before a byte is taken for it."""
         try:
             self.core.backend.check_name(path)
         except OSError as error:
@@ -730,7 +730,7 @@ class VFS:
         """Raise why no file can be made at the path, as far as that can be told without a store that is away."""
         if is_known or self.core.dirs.knows(paths.split(path)[0]):
             self._check_parent(path, is_known=is_known)
-        if is_known:
+        if is_known or not self.core.backend.capability.opens_files:  # a disk is looked at for that, and may hang
             self._check_name(path)
 
     def _check_parent(self, path: str, *, is_known: bool = True) -> None:
