@@ -291,7 +291,9 @@ class VFSOptions:
     )
     read_only: bool = option("false", BOOL, "VFS", "Only allow read-only access")
     no_seek: bool = option("false", BOOL, "VFS", "Don't allow seeking in files")
-    no_checksum: bool = option("false", BOOL, "VFS", "Don't check hash or size after an upload")
+    no_checksum: bool = option(
+        "false", BOOL, "VFS", "Don't compare hashes and sizes after an upload, nor hashes at a download"
+    )
     disk_space_total_size: int | None = option(
         "off", SIZE, "VFS", "The total space of the disk to show", flag="vfs-disk-space-total-size"
     )

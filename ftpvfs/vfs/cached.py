@@ -122,12 +122,6 @@ class CachedReadHandle(VersionedHandle):
         reader.advance(offset + len(data))
         return memoryview(data)
 
-    def _join(self, size: int | None) -> bytes:
-        data = super()._join(size)
-        if self._position >= self.size:
-            self.verify()
-        return data
-
     def fill(self) -> Future[None]:
         """Have all of the file fetched. The future fails with what went wrong."""
         done: Future[None] = Future()

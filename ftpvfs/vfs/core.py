@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,7 @@ class Core:
             clock=clock,
             feed=self.feed,
         )
+        self.backend.when_gone = lambda: self.later(self.dirs.forget)
         self.patience = Patience()
         self.count: Counter[str] = Counter()
         self.marks_folders = self.backend.capability.real_directories or options.dir_markers
@@ -93,6 +96,7 @@ class Core:
         self._index: Index | None = None
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._hashing = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="ftpvfs-hash")
         self._cache_feed: ChangeFeed | None = None
         self.parts: CacheParts | None = None  # what write-back finds when it is faster than this constructor
         self.parts = self._open_cache() if options.cache_mode != "off" else self._open_left()
@@ -217,6 +221,7 @@ class Core:
         if self._cache_feed is not None:
             self._cache_feed.close()
         self.backend.close()
+        self._hashing.shutdown()
         with self._index_lock:
             if self._index is not None:
                 self._index.close()
@@ -242,6 +247,13 @@ class Core:
     def later(self, work: Callable[[], object]) -> None:
         """Run in a thread of its own what is rare, waits for the store, and is waited for by nobody."""
         self.background("ftpvfs-later", work)
+
+    def hash_apart(self, work: Callable[[], object]) -> None:
+        """Run work that keeps a processor busy and waits for nobody, in a thread for such; here once those are gone."""
+        try:
+            self._hashing.submit(work)
+        except RuntimeError:  # closed; whoever still reads is to hear why
+            work()
 
     @property
     def index(self) -> Index:

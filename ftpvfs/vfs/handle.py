@@ -210,6 +210,12 @@ class ReadingHandle(Handle):
         self._position = self._sought(offset, whence, self._position, self.size)
         return self._position
 
+    def _join(self, size: int | None) -> bytes:
+        data = super()._join(size)
+        if self._position >= self.size:
+            self.verify()
+        return data
+
     def abandon(self) -> None:
         self.close()
 
@@ -336,6 +342,12 @@ class ReadHandle(VersionedHandle):
 
     def _has_more(self) -> bool:
         return self._stream is not None and self._stream.has_more
+
+    def verify(self) -> None:
+        """Raise EIO where the whole file was read in one go and is not what the store's hash tells. May ask the store.
+        """
+        if self._stream is not None and self._position >= self.size:
+            self._stream.verify()
 
 
 class FileHandle(ReadingHandle):

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from ftpvfs.backend.backend import ABSENT, ANY, Condition, Entry, Upload
+from ftpvfs.backend.backend import ABSENT, ANY, Condition, Entry, Pieces, Upload
+from ftpvfs.backend.checksum import Expected
 from ftpvfs.cache.downloader import Reader
 from ftpvfs.cache.item import Draft, Item
 from ftpvfs.cache.records import PartialRecord
@@ -23,6 +24,7 @@ from ftpvfs.clock import Clock
 from ftpvfs.errors import AWAY, ECHANGED, failure
 from ftpvfs.vfs.begun import Begun, is_exclusive
 from ftpvfs.vfs.cached import CachedReadHandle, CachedWriteHandle
+from ftpvfs.vfs.checkedfetch import CheckedFetch, Fetch
 from ftpvfs.vfs.core import CacheParts, Core
 from ftpvfs.vfs.handle import Confirm, FileHandle, Handle, ReadHandle, WriteHandle
 from ftpvfs.vfs.pending import base_of, is_local, local_entry
@@ -72,17 +74,22 @@ class Opening:
             return FileHandle(path, request.name, core.backend.open_file(path), seekable=seekable)
 
         def open_at(version: Entry, offset: int) -> ReadAhead:
-            return ReadAhead(
-                lambda start, stop: core.backend.fetch(path, start, stop, version.fingerprint),
-                offset,
-                version.size,
-                core.policy,
-                core.memory,
-            )
+            return ReadAhead(self._fetch(path, version, offset), offset, version.size, core.policy, core.memory)
 
         # An empty file needs no request to be read, so nothing would notice that it is not empty any more.
         version = entry if entry.size else self._refreshed(path)
         return ReadHandle(path, request.name, version, open_at, lambda: self._refreshed(path), seekable=seekable)
+
+    def _fetch(self, path: str, version: Entry, offset: int) -> Fetch:
+        """Return what fetches ranges of a version: checked where they are all of it, unless `--no-checksum`."""
+        backend = self._core.backend
+
+        def fetch(start: int, stop: int) -> Future[Pieces]:
+            return backend.fetch(path, start, stop, version.fingerprint)
+
+        if offset or not version.size or self._options.no_checksum:
+            return fetch
+        return CheckedFetch(fetch, path, version.size, Expected(backend, path, version), self._core.hash_apart)
 
     def _refreshed(self, path: str) -> Entry:
         """Ask the store for the version that it has now."""

@@ -12,6 +12,7 @@ from ftpvfs.backend.chunks import ChunkPolicy, Pace, take_memory
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
 from ftpvfs.memory import MemoryBudget
 from ftpvfs.readiness import END, Awaited, Bytes, Readiness
+from ftpvfs.vfs.checkedfetch import CheckedFetch
 
 
 class _Chunk:
@@ -47,6 +48,7 @@ class ReadAhead:
         memory: MemoryBudget,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        # A `CheckedFetch` where the bytes are to be compared with the store's hash.
         self._fetch = fetch
         self._asked = start
         self._stop = stop
@@ -123,6 +125,11 @@ class ReadAhead:
         self._memory.give(self._held)
         self._held = 0
 
+    def verify(self) -> None:
+        """Raise EIO where all of the object was read, and it is not what the store has. May ask the store."""
+        if isinstance(self._fetch, CheckedFetch):
+            self._fetch.verify()
+
     def close(self) -> None:
         """Cancel what is under way and give its memory back."""
         self._pieces.clear()
@@ -133,3 +140,5 @@ class ReadAhead:
             chunk.future.cancel()
             self._memory.give(chunk.size)
         self._asked = self._stop
+        if isinstance(self._fetch, CheckedFetch):
+            self._fetch.close()
