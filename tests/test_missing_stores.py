@@ -337,16 +337,6 @@ def test_a_missing_folder_is_refused_at_the_start(tmp_path: Path) -> None:
 # -- any other store
 
 
-def test_a_folder_that_is_missing_at_another_store(memory_store: Store, make_vfs: MakeVFS, ftp_server: Serve) -> None:
-    place = Store("memory", f"{memory_store.url}/later", {}, f"{memory_store.root}/later", memory_store.filesystem)
-    with connect(ftp_server(make_vfs(place))) as ftp:
-        for answer in (listing(ftp), stored(ftp, "a"), reply(ftp, "MKD d")):
-            assert answer.startswith("550 The store's folder does not exist"), answer
-        memory_store.filesystem.mkdir(place.root)
-        assert stored(ftp, "a").startswith("226 ")
-        assert names(ftp) == {"a"}
-
-
 def test_an_sftp_folder_that_is_missing_and_one_that_disappears(
     sftp_server: SFTPServer, make_vfs: MakeVFS, ftp_server: Serve
 ) -> None:

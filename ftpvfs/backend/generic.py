@@ -142,8 +142,11 @@ class GenericBackend(Backend):
         """Raise where what the URL names is not there: ENOSTORE where it never was, EHOSTUNREACH where it has gone.
 
         Where folders are mere prefixes of keys that is the container alone, the first name in the root. What is only
-        read need not show its root (a web server without a list of its files), unless that is what is asked for.
+        read need not show its root (a web server without a list of its files), unless that is what is asked for. What
+        belongs to this process alone (the memory) nobody else could have made a root in: the first file makes it.
         """
+        if not self.capability.is_shared:
+            return
         is_folder = self.capability.real_directories
         anchor = self.root if is_folder else "/".join(self.root.split("/")[: 2 if self.root.startswith("/") else 1])
         if not anchor.strip("/") or (path and not self.capability.writes):
@@ -349,6 +352,8 @@ class GenericBackend(Backend):
                 raise self.not_empty(path, paths.split(info["name"].rstrip("/"))[1])
 
     def rmdir(self, path: str) -> None:
+        if not self.capability.writes:
+            raise self.unsupported(path, "changes")
         self.require_empty(path)
         # sshfs has the coroutine alone, and fsspec's own `rmdir` then does nothing, silently.
         if hasattr(self._class, "_rmdir"):
