@@ -27,6 +27,7 @@ from ftpvfs.server.limits import Limited
 from ftpvfs.server.login import Login
 from ftpvfs.server.offload import Abandoned, current_task
 from ftpvfs.server.public_address import PublicAddress
+from ftpvfs.server.refusals import is_refusal, log_failed_transfer, log_refused_command
 from ftpvfs.server.throttle import Rates
 from ftpvfs.server.tls import TLSControl
 from ftpvfs.server.transfer import INTERNAL_ERROR, NO_SPACE, Stage, TLS_VFSDTPHandler, VFSDTPHandler
@@ -106,6 +107,8 @@ class VFSHandler(Limited, PublicAddress, Login):
     _owes_reply = False
     # Done when the last broken upload is put away, which may take longer than its answer.
     given_up: Future[None] | None = None
+    # The command that runs, its argument, and whom the client had named before: whose the next reply is.
+    _running = ("", "", "")
     _local_address: tuple[Any, ...] | None = None
 
     # --- replies and the log
@@ -116,6 +119,8 @@ class VFSHandler(Limited, PublicAddress, Login):
             self._owes_reply = True
         if self.failure is not None and resp[:4] in {"550 ", "450 "}:
             resp = f"{reply_code(self.failure)} {resp[4:]}"
+        if is_refusal(resp) and log_refused_command(self, *self._running, resp):
+            logfun = session_logger.debug  # it is logged
         super().respond(resp, logfun)
 
     def answer_transfer(self, resp: str, logfun: Any = session_logger.debug) -> None:
@@ -123,7 +128,10 @@ class VFSHandler(Limited, PublicAddress, Login):
         if not self._owes_reply:
             return
         self._owes_reply = False
-        last = self._last_response
+        last, file = self._last_response, getattr(self.data_channel, "file_obj", None)
+        if file is not None and is_refusal(resp):
+            log_failed_transfer(self, self.data_channel.cmd or "RETR", file.name, resp)
+            logfun = session_logger.debug  # it is logged
         try:
             super().respond(resp, logfun)
         except Exception:  # noqa: BLE001 - nobody knows what of it was sent: the end of the session says that it failed
@@ -147,6 +155,15 @@ class VFSHandler(Limited, PublicAddress, Login):
             self.log_exception(self)
         self.answer_transfer(reply, log)
 
+    def log_transfer(
+        self, cmd: str, filename: str, receive: bool, completed: bool, elapsed: float, bytes: int  # noqa: A002
+    ) -> None:
+        """Log the end of a transfer; of one whose client is gone this is all that there is to read."""
+        if not completed and self._closed:
+            verb = cmd or ("STOR" if receive else "RETR")
+            log_failed_transfer(self, verb, filename, f"426 The client is gone after {bytes} bytes.")
+        super().log_transfer(cmd, filename, receive, completed, elapsed, bytes)
+
     def log(self, msg: str, logfun: Any = session_logger.info) -> None:
         """Log for the session; a name that is not UTF-8 is written with escapes."""
         if session_logger.isEnabledFor(LEVELS.get(logfun.__name__, logging.CRITICAL)):
@@ -163,6 +180,7 @@ class VFSHandler(Limited, PublicAddress, Login):
         """Run one command; whatever fails, it gets a reply and the session goes on."""
         self.failure = None
         self._last_response = ""
+        self._running = (cmd, arg, self.username)
         try:
             self._run(line, cmd, arg)
         except Abandoned:
@@ -183,6 +201,8 @@ class VFSHandler(Limited, PublicAddress, Login):
                 self._restart_position = 0  # REST is for the one command after it, also when that is refused
                 if self.data_channel is None and not self._expects_data():
                     self._drop_queued("425 There is no data connection any more.")
+            if cmd != "PASS":  # pyftpdlib's own servers answer a wrong password later
+                self._running = ("", "", "")
 
     def _run(self, line: str, cmd: str, arg: str) -> None:
         if not paths.FORBIDDEN.isdisjoint(line):
@@ -296,8 +316,10 @@ class VFSHandler(Limited, PublicAddress, Login):
     def _drop_queued(self, reply: str) -> None:
         if self._in_dtp_queue is None and self._out_dtp_queue is None:
             return
-        file = self._in_dtp_queue[0] if self._in_dtp_queue is not None else self._out_dtp_queue[2]
+        file, cmd = self._in_dtp_queue or self._out_dtp_queue[2:]
         self._in_dtp_queue = self._out_dtp_queue = None
+        if file is not None:
+            log_failed_transfer(self, cmd or "RETR", file.name, reply)
         if not self._closed:
             self.answer_transfer(reply)
         if file is not None:
