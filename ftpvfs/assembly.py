@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftpvfs.authorizer import ALL, READ, VFSAuthorizer
-from ftpvfs.backend.backend import display_url, protocol_of, root_of
-from ftpvfs.cache.index import cache_name
+from ftpvfs.backend.backend import display_url
+from ftpvfs.backend.options import read_options
+from ftpvfs.cache.identity import folder_name
 from ftpvfs.config import Config, ConfigError, Listener, User
 from ftpvfs.filesystem import VFSFilesystem
 from ftpvfs.server import auth_proxy
@@ -29,6 +30,9 @@ from ftpvfs.vfs.vfs import VFS
 
 logger = logging.getLogger(__name__)
 
+# What to do where the cache folder cannot be used.
+WORKERS_NEED_ONE = "several workers need one (--cache-dir), --workers 1 does not"
+
 
 class Assembly:
     """What the options describe. Raises ConfigError for what is wrong with certificates, users and their stores.
@@ -38,12 +42,14 @@ class Assembly:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        # What is wrong with users' own stores, which keeps nobody else from being served.
+        self.warnings: list[str] = []
         self._certificates = {
             listener: Certificates(listener.tls) for listener in config.listeners if listener.tls.mode != "off"
         }
         self._stores = _Stores(config)
         is_common = bool(config.server.authorizer) or any(not user.url for user in config.users)
-        self.vfs = self._stores.store(config.url, config.storage_options, config.vfs.name) if is_common else None
+        self.vfs = self._common_store() if is_common else None
         self._own = {user.name: self._own_store(user) for user in config.users}
         _authorizer_class(config)
         if config.server.auth_proxy:
@@ -51,12 +57,39 @@ class Assembly:
         self._authorizer: Any = None
         self._rates = Rates(config.server.bwlimit, {user.name: user.bwlimit for user in config.users})
 
+    def _common_store(self) -> VFS:
+        config = self.config
+        return self._stores.store(config.url, config.storage_options, config.vfs.name)
+
+    def examine(self) -> None:
+        """Find out what is wrong with the stores as far as it can be seen here; nothing is contacted, opened or made.
+
+        Raises OSError for the common one, ImportError and ValueError for any.
+        """
+        for vfs in self._stores.all:
+            try:
+                vfs.examine()
+                if self.config.server.workers > 1:
+                    _examine_shared(vfs)
+            except OSError as error:
+                if vfs is self.vfs:
+                    raise
+                where = f": {error.filename}" if error.filename else ""
+                self.warnings.append(f"{vfs.name}: {error.strerror}{where}")
+            except (ImportError, ValueError) as error:
+                raise self._named(vfs, error) from error
+
+    def _named(self, vfs: VFS, error: Exception) -> Exception:
+        """Return the error with the name of the user whose store it is about, or as it is."""
+        user = next((name for name, own in self._own.items() if own is vfs), None)
+        return error if user is None else ConfigError(f"[user:{user}]: {error}")
+
     def _own_store(self, user: User) -> VFS | None:
         if not user.url:
             return None
         try:
             return self._stores.store(user.url, user.storage_options, user.cache_name)
-        except ConfigError as error:
+        except (ImportError, ValueError) as error:
             raise ConfigError(f"[user:{user.name}]: {error}") from None
 
     @property
@@ -74,7 +107,7 @@ class Assembly:
     def _make_authorizer(self) -> Any:
         own, program = _authorizer_class(self.config), self.config.server.auth_proxy
         if own is not None:
-            return own()
+            return self._make_own(own)
         if program:
             return ProxyAuthorizer(program, self.config.vfs, allowed(self.config, ALL))
         authorizer = VFSAuthorizer()
@@ -88,6 +121,13 @@ class Assembly:
                 vfs=self._own[user.name],
             )
         return authorizer
+
+    def _make_own(self, cls: Any) -> Any:
+        try:
+            return cls()
+        except Exception as error:
+            named = self.config.server.authorizer
+            raise ConfigError(f"--authorizer: {named} cannot be made: {type(error).__name__}: {error}") from error
 
     def handler(self, listener: Listener) -> type[VFSHandler]:
         """Return the handler class for the sessions of a listener; to be called in the process that serves them."""
@@ -133,6 +173,13 @@ class Assembly:
             vfs.close()
 
 
+def _examine_shared(vfs: VFS) -> None:
+    try:
+        vfs.examine_shared()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: {error.filename}; {WORKERS_NEED_ONE}") from error
+
+
 class _Stores:
     """One VFS for each distinct backend, whoever uses it."""
 
@@ -145,8 +192,13 @@ class _Stores:
     def all(self) -> list[VFS]:
         return list(self._found.values())
 
-    def store(self, url: str, storage_options: Mapping[str, Any], name: str | None) -> VFS:
-        """Return the VFS of a backend. Raises ConfigError for a second backend whose cache would be that of another."""
+    def store(self, url: str, written: Mapping[str, str], name: str | None) -> VFS:
+        """Return the VFS of a backend; its options are as they were written.
+
+        Raises ConfigError for options that cannot be meant, and for a second backend whose cache would be that of
+        another; ImportError and ValueError where the URL's store cannot be had.
+        """
+        storage_options = read_options(url, written)
         backend = json.dumps([url, storage_options], sort_keys=True)
         vfs = self._found.get(backend)
         if vfs is None:
@@ -178,11 +230,8 @@ class _Place:
 
     @property
     def folder(self) -> str:
-        """The folder's name. ConfigError where the URL's store cannot be had here."""
-        try:
-            return self.name or cache_name([protocol_of(self.url), root_of(self.url)])
-        except (ImportError, ValueError) as error:
-            raise ConfigError(str(error)) from error
+        """The folder's name. ImportError and ValueError where the URL's store cannot be had here."""
+        return folder_name(self.url, self.name)
 
     def is_same_store(self, other: _Place) -> bool:
         """Tell whether the URLs differ in how they are written, at most."""
@@ -208,15 +257,16 @@ def warnings(config: Config) -> list[str]:
     ]
 
 
-def check(config: Config) -> list[ConfigError]:
-    """Return what is wrong with certificates, users and the authorizer's class."""
-    try:
-        Assembly(config)
-    except ConfigError as error:
-        return [error]
-    except (OSError, ValueError, ImportError) as error:
-        return [ConfigError(str(error))]
-    return []
+def assemble(config: Config) -> Assembly:
+    """Return what the options describe, examined as far as that is possible before the first address is taken.
+
+    Raises ConfigError, OSError, ValueError and ImportError.
+    """
+    assembly = Assembly(config)
+    for vfs in assembly.vfses:
+        vfs.preload()
+    assembly.examine()
+    return assembly
 
 
 def _authorizer_class(config: Config) -> Any:

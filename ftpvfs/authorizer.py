@@ -58,8 +58,8 @@ class VFSAuthorizer(DummyAuthorizer):
         """Add a user; `perm` are pyftpdlib's letters, a password of None accepts every password unless there is a hash.
 
         The home need not exist: it is an empty folder until something is written into it. `vfs` is a store of the
-        user's own, None that of all. Raises ValueError for a user that exists, for unknown letters, and for a hash that
-        is none of argon2's.
+        user's own, None that of all. Raises ValueError for a user that exists, for unknown letters, for an empty home,
+        and for a hash that is none of argon2's.
         """
         if self.has_user(username):
             raise ValueError(f"user {username!r} already exists")
@@ -81,6 +81,8 @@ class VFSAuthorizer(DummyAuthorizer):
     ) -> None:
         """Add a user or change one; of running sessions that concerns the permissions alone."""
         _check_letters(perm)
+        if not homedir:
+            raise ValueError("the home is empty; write / for the root")
         if password_hash is not None:
             self._dummies.setdefault(_cost_of(password_hash), _dummy_like(password_hash))
         self.user_table[username] = {

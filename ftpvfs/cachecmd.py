@@ -1,7 +1,7 @@
 """`python -m ftpvfs cache ls|verify|flush`: look at the disk cache, compare it with the store, store what waits.
 
 Works beside a running server and without one. `ls` asks the store nothing. Exit status 1 where `verify` finds something
-wrong, or something is not stored after `flush`.
+wrong, something is not stored after `flush`, or there is no cache, as where URL, name or folder are not the server's.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 
 from ftpvfs.backend.backend import Backend, Entry, Tuning, open_backend, protocol_of
 from ftpvfs.backend.checksum import Checksum
+from ftpvfs.backend.options import read_options
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.database import DATABASE
 from ftpvfs.cache.identity import Identity, claim
 from ftpvfs.cache.index import Index, cache_name
-from ftpvfs.cache.left import left_caches
+from ftpvfs.cache.left import has_left, left_caches
 from ftpvfs.cache.records import DirtyRecord, ItemRecord, PartialRecord
 from ftpvfs.cache.view import View
 from ftpvfs.cache.writeback import WriteBack
@@ -89,7 +90,11 @@ class Place:
         name = self.name or cache_name([protocol_of(self.url), backend.root])
         folder = Path(self.options.cache_dir) / name
         with contextlib.closing(backend):
-            yield backend, folder if (folder / DATABASE).exists() else None
+            if (folder / DATABASE).exists() or has_left(folder):
+                yield backend, folder
+            else:
+                print(f"{backend.display}: there is no cache {folder}", file=sys.stderr)
+                yield backend, None
 
 
 def run(config: Config) -> int:
@@ -104,7 +109,9 @@ def _places(config: Config) -> list[Place]:
         (config.url, config.storage_options, config.vfs.name),
         *((user.url, user.storage_options, user.cache_name) for user in config.users if user.url),
     ]:
-        found.setdefault(json.dumps([url, options], sort_keys=True), Place(url, options, name, config.vfs))
+        key = json.dumps([url, options], sort_keys=True)
+        if key not in found:
+            found[key] = Place(url, read_options(url, options), name, config.vfs)
     return list(found.values())
 
 
@@ -116,6 +123,7 @@ def _tuning(options: VFSOptions) -> Tuning:
         checkers=options.checkers,
         verify=not options.no_checksum,
         follow_links=options.copy_links,
+        hidden=options.cache_dir,
         memory=MemoryBudget(options.max_buffer_memory),
     )
 
@@ -142,7 +150,7 @@ def _ls(places: list[Place], config: Config) -> int:
             f" {left.deletions} deletions that its store never got",
             file=sys.stderr,
         )
-    return 0
+    return 0 if served else 1
 
 
 def listed(cache: View, now: float) -> list[dict[str, Any]]:
@@ -204,11 +212,12 @@ def _age(seconds: float) -> str:
 
 
 def _verify(places: list[Place], config: Config) -> int:
-    status = 0
+    status, is_any = 0, False
     for place in places:
         with place.opened() as opened:
             if opened is None:
                 continue
+            is_any = True
             backend, cache, _, _ = opened
             problems, count = [], 0
             for problem in _problems(backend, cache, hashes=not config.vfs.no_checksum):
@@ -217,7 +226,7 @@ def _verify(places: list[Place], config: Config) -> int:
             count = len(cache.all_records()) + len(cache.all_dirty())
             print(f"{backend.display}: {count} files, {len(problems)} problems")
             status = 1 if problems else status
-    return status
+    return status if is_any else 1
 
 
 def _problems(backend: Backend, cache: Cache, *, hashes: bool) -> Iterator[str]:
@@ -265,13 +274,13 @@ def _has(cache: Cache, record: ItemRecord, entry: Entry, checksum: Checksum) -> 
 
 
 def flush(places: list[Place]) -> int:
-    """Store what waits in the caches of some places; return 1 where something is left, else 0."""
-    left = 0
+    """Store what waits in the caches of some places; return 1 where something is left or there is no cache, else 0."""
+    left: list[int] = []
     for place in places:
         with place.opened() as opened:
             if opened is not None:
-                left += _flush_one(place, *opened)
-    return 1 if left else 0
+                left.append(_flush_one(place, *opened))
+    return 0 if left and not any(left) else 1
 
 
 def _flush_one(place: Place, backend: Backend, cache: Cache, index: Index, folder: Path) -> int:

@@ -1,6 +1,8 @@
-"""The command line: what each command does, and the one line of what is wrong.
+"""The command line: what each command does, its last line, and its exit status.
 
-Exit status: 0 after SIGTERM or SIGINT, 1 where the store or the address refuses, 2 for a mistake in the configuration.
+Exit status: 0 where all is done that was asked for; 1 where the store, the cache or the address refuses, or something
+is not as it should be; 2 for a mistake in the configuration; 3 where the server was stopped while files still waited to
+be stored; 130 after Ctrl-C, but for a server that serves already; 141 where nobody reads the output.
 """
 
 from __future__ import annotations
@@ -9,27 +11,54 @@ import getpass
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ftpvfs import __version__, cachecmd
-from ftpvfs.assembly import check
 from ftpvfs.authorizer import hash_password
-from ftpvfs.config import Config, ConfigError, check_file, help_text, load
-from ftpvfs.launch import StartError, reason, serve
+from ftpvfs.cache.left import LeftCache
+from ftpvfs.config import Config, ConfigError, check_file, format_size, help_text, load
+from ftpvfs.launch import StartError, check, reason, serve
 from ftpvfs.logs import log_to
 
 logger = logging.getLogger("ftpvfs")
+
+REFUSED, MISTAKE, WAITING = 1, 2, 3
+INTERRUPTED, UNREAD = 130, 141  # as a shell says of a program that SIGINT or SIGPIPE has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status."""
     try:
-        config = load(sys.argv[1:] if argv is None else argv, os.environ)
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # at the end of the process a failure would have no status of its own
+    except KeyboardInterrupt:
+        return _complain("interrupted", status=INTERRUPTED)
+    except BrokenPipeError:
+        _drop_output()
+        return UNREAD
+    except OSError as error:  # such as a full disk on which the output is to be kept
+        logger.debug("%s", error, exc_info=True)
+        _drop_output()
+        return _complain(reason(error), status=REFUSED)
+    return status
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        config = load(argv, os.environ)
         return COMMANDS[config.command](config)
     except ConfigError as error:
-        return _complain(error, status=2)
+        return _complain(error, status=MISTAKE)
     except StartError as error:
-        return _complain(error, status=1)
+        return _complain(error, status=REFUSED)
+
+
+def _drop_output() -> None:
+    """Let the interpreter's last flush of what could not be written go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _complain(error: object, *, status: int) -> int:
@@ -38,7 +67,7 @@ def _complain(error: object, *, status: int) -> int:
 
 
 def _help(config: Config) -> int:
-    print(help_text(), end="")
+    print(help_text(config.topic), end="")
     return 0
 
 
@@ -48,11 +77,17 @@ def _version(config: Config) -> int:
 
 
 def _check_config(config: Config) -> int:
-    problems = check_file(config.file) or check(load(["--config", config.file], {}))
+    problems: list[object] = [*check_file(config.file)]
+    warnings: list[str] = []
+    if not problems:
+        found, warnings = check(load(["--config", config.file], {}))
+        problems += found
+    for warning in warnings:
+        _complain(f"warning: {warning}", status=0)
     for problem in problems:
-        _complain(problem, status=2)
+        _complain(problem, status=MISTAKE)
     if problems:
-        return 2
+        return MISTAKE
     print("ok")
     return 0
 
@@ -66,6 +101,8 @@ def _cache(config: Config) -> int:
     log_to(config.log)
     try:
         return cachecmd.run(config)
+    except (BrokenPipeError, ConfigError):
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise StartError(reason(error)) from error
 
@@ -73,8 +110,12 @@ def _cache(config: Config) -> int:
 def _new_password() -> str:
     """The password from a terminal, typed twice without being seen, or a line of standard input."""
     if sys.stdin.isatty():
-        password = getpass.getpass("Password: ")
-        if getpass.getpass("Again: ") != password:
+        try:
+            password = getpass.getpass("Password: ")
+            again = getpass.getpass("Again: ")
+        except EOFError:
+            raise StartError("no password was given") from None
+        if again != password:
             raise StartError("the passwords differ")
     else:
         password = sys.stdin.readline().rstrip("\r\n")
@@ -85,12 +126,25 @@ def _new_password() -> str:
 
 def _serve(config: Config) -> int:
     log_to(config.log)
-    serve(config)
+    left = serve(config)
     logger.info("stopped by a signal")
-    return 0
+    for each in left:
+        text = _waits(each, Path(config.vfs.cache_dir))
+        logger.warning("%s", text)
+        if config.log.file:
+            _complain(text, status=WAITING)
+    return WAITING if left else 0
 
 
-COMMANDS = {
+def _waits(left: LeftCache, cache_dir: Path) -> str:
+    """Return the last line of a server that leaves something behind."""
+    what = f"{left.files} files ({format_size(left.size)})"
+    if left.deletions:
+        what += f" and {left.deletions} deletions"
+    return f"stopped while {what} wait in {cache_dir / left.name}; the next start goes on to store them"
+
+
+COMMANDS: dict[str, Callable[[Config], int]] = {
     "serve": _serve,
     "check-config": _check_config,
     "hash-password": _hash_password,

@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ftpvfs.assembly import Assembly, let_in_with_any_password, warnings
+from ftpvfs.assembly import WORKERS_NEED_ONE, Assembly, assemble, let_in_with_any_password, warnings
 from ftpvfs.cache.bans import Bans
-from ftpvfs.cache.left import left_caches
+from ftpvfs.cache.identity import is_in_use
+from ftpvfs.cache.left import LeftCache, left_caches
 from ftpvfs.config import Address, Config, ConfigError, Listener, format_address, format_size
 from ftpvfs.coordination.sessions import SessionTable
 from ftpvfs.errors import AWAY, ENOSTORE
-from ftpvfs.logs import written_by_a_thread
+from ftpvfs.logs import check_log, written_by_a_thread
 from ftpvfs.metrics import Metrics
 from ftpvfs.server.limits import BACKLOG, Door, Limits
 from ftpvfs.server.serving import Service
@@ -59,26 +60,53 @@ class Place(NamedTuple):
         return Address(*self.socket.getsockname()[:2])
 
 
-def serve(config: Config) -> None:
-    """Serve until a signal ends it. Raises StartError, or ConfigError for what is wrong with the options."""
-    assembly = _assemble(config)
+def serve(config: Config) -> list[LeftCache]:
+    """Serve until a signal ends it; return the caches in which something still waits that nobody else stores.
+
+    Raises StartError, or ConfigError for what is wrong with the options.
+    """
+    assembly = assembled(config)
     with contextlib.ExitStack() as taken:
         places = [Place(each, taken.enter_context(listen(each.addr))) for each in config.listeners]
         for warning in [*config.warnings, *warnings(config), *_address_warnings(config, places)]:
             logger.warning("%s", warning)
         _Server(assembly, places).run()
+    return _still_waiting(assembly)
 
 
-def _assemble(config: Config) -> Assembly:
+def assembled(config: Config) -> Assembly:
+    """Return what the options describe. Raises StartError, or ConfigError for what is wrong with the options."""
     try:
-        assembly = Assembly(config)
-        for vfs in assembly.vfses:
-            vfs.preload()
+        return assemble(config)
     except ConfigError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise StartError(reason(error)) from error
-    return assembly
+
+
+def check(config: Config) -> tuple[list[str], list[str]]:
+    """Return what would keep `serve` from starting (but for addresses that are taken), and what it would warn of."""
+    try:
+        check_log(config.log)
+        assembly = assembled(config)
+        _ = assembly.authorizer
+    except (ConfigError, StartError) as error:
+        return [str(error)], []
+    return [], assembly.warnings
+
+
+def _still_waiting(assembly: Assembly) -> list[LeftCache]:
+    """Return the caches that were served and have something left; another process that serves one goes on with it."""
+    config = assembly.config
+    cache_dir = Path(config.vfs.cache_dir)
+    # Programs name stores that this process has never heard of.
+    is_told = config.server.auth_proxy or config.server.authorizer
+    served = {vfs.cache_place for vfs in assembly.vfses}
+    return [
+        left
+        for left in left_caches(cache_dir)
+        if (is_told or cache_dir / left.name in served) and not is_in_use(cache_dir / left.name)
+    ]
 
 
 def listen(address: Address) -> socket.socket:
@@ -187,7 +215,7 @@ class _Server:
         self._metrics.work_as(reporter.slot)
         try:
             service = self._service(first=reporter.slot == 0)
-        except StartError as error:
+        except (StartError, ConfigError) as error:
             reporter.refuse(str(error))
             return 1
         reporter.heed(service.drain, self._reload)
@@ -201,9 +229,7 @@ class _Server:
             service.serve()
         finally:
             for vfs in self._assembly.vfses:
-                left = vfs.stop(service.time_left())
-                if left:
-                    logger.warning("%s: %d files wait to be stored, which the next start goes on with", vfs.name, left)
+                vfs.stop(service.time_left())
             self._assembly.close()
 
     # --- in the process that serves
@@ -211,10 +237,10 @@ class _Server:
     def _service(self, *, first: bool) -> Service:
         """Return what serves in this process. Of several, the `first` one tells what comes of asking the stores."""
         tell = logger.warning if first else logger.debug
+        handlers = [(place.socket, self._assembly.handler(place.listener)) for place in self._places]
         for vfs in self._assembly.vfses:
             self._prepare(vfs, tell)
         door = Door(limits_of(self._config), self._table, self._metrics, self._bans())
-        handlers = [(place.socket, self._assembly.handler(place.listener)) for place in self._places]
         service = Service(handlers, door, drain_timeout=self._config.server.drain_timeout)
         service.loop.debug_slow_turn = self._config.server.loop_slow_turn
         stores = self._assembly.vfses if first else self._assembly.vfses[:1]
@@ -259,8 +285,7 @@ def _check_shared(vfs: VFS) -> None:
     try:
         vfs.check_shared()
     except OSError as error:
-        hint = "several workers need one (--cache-dir), --workers 1 does not"
-        raise StartError(f"{reason(error)}; {hint}") from error
+        raise StartError(f"{reason(error)}; {WORKERS_NEED_ONE}") from error
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import json
 import logging
 import logging.handlers
@@ -13,6 +14,7 @@ import select
 import sys
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from ftpvfs.config import ConfigError, LogOptions
@@ -35,12 +37,27 @@ def log_to(options: LogOptions) -> None:
         try:
             handler = logging.handlers.WatchedFileHandler(options.file)
         except OSError as error:
-            raise ConfigError(f"log file {options.file!r} cannot be written: {error.strerror}") from None
+            raise _unwritable(options.file, error.strerror) from None
     as_text = _LogFormatter("%(asctime)s %(levelname)s: %(message)s")
     handler.setFormatter(_JSONFormatter() if options.format == "json" else as_text)
     logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
     for name in ("ftpvfs", "pyftpdlib"):
         logging.getLogger(name).setLevel(level)
+
+
+def check_log(options: LogOptions) -> None:
+    """Raise what `log_to` would for a file that cannot be written; none is made."""
+    file = Path(options.file)
+    if not options.file:
+        return
+    if file.is_dir():
+        raise _unwritable(options.file, os.strerror(errno.EISDIR))
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise _unwritable(options.file, os.strerror(errno.EACCES if file.parent.is_dir() else errno.ENOENT))
+
+
+def _unwritable(file: str, why: str | None) -> ConfigError:
+    return ConfigError(f"log file {file!r} cannot be written: {why}")
 
 
 @contextlib.contextmanager

@@ -258,7 +258,10 @@ class SeaweedFS(BucketServer):
         self.port = ports[0]
         identity = {
             "name": "test",
-            "credentials": [{"accessKey": self.key, "secretKey": self.secret}],
+            "credentials": [
+                {"accessKey": self.key, "secretKey": self.secret},
+                {"accessKey": "digits", "secretKey": "12345678"},
+            ],
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         (self.folder / "identities.json").write_text(json.dumps({"identities": [identity]}))

@@ -341,7 +341,7 @@ def test_sync_says_whether_commit_waits_for_the_disk(
 
 
 def test_an_unknown_storage_option_is_refused(make_backend: MakeBackend, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="synch is no storage option of a local folder"):
+    with pytest.raises(ValueError, match="synch is no storage option of file://; the nearest known one is sync"):
         make_backend(str(tmp_path), {"synch": True})
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from ftpvfs import VFS
-from ftpvfs.cache.identity import IDENTITY, Identity
+from ftpvfs.cache.identity import IDENTITY, Identity, claim, is_in_use
 from ftpvfs.config import ConfigError, vfs_options
+from ftpvfs.coordination.lockfile import LockFile
 from tests.conftest import Store
 
 WAITS = 30.0
+WORKERS = 4
 
 
 @pytest.fixture
@@ -104,6 +110,36 @@ def test_a_store_with_another_endpoint_gets_what_waits_and_a_warning_is_logged(
         vfs.sync(WAITS)
     assert "1 changes made for s3://" in caplog.text
     assert s3_store.read("a") == b"waits"
+
+
+def test_processes_that_start_together_do_not_take_each_other_for_strangers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As workers do at a start after the endpoint was edited: each finds the old one, and the others looking, too."""
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(WORKERS) as threads:
+        for number in range(30):
+            mine = Identity("s3", "bucket", f"host-{number}")
+            together = Barrier(WORKERS)
+
+            def start(mine: Identity = mine, together: Barrier = together) -> LockFile:
+                together.wait(60)
+                return claim(tmp_path, mine)
+
+            claims = [each.result(60) for each in [threads.submit(start) for _ in range(WORKERS)]]
+            assert json.loads((tmp_path / IDENTITY).read_text())["host"] == mine.host
+            for each in claims:
+                each.close()
+    assert caplog.text == ""
+
+
+def test_another_host_of_a_cache_in_use_is_warned_of_once_it_is_true(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = Identity("s3", "bucket", "one"), Identity("s3", "bucket", "two")
+    with caplog.at_level(logging.WARNING), closing(claim(tmp_path, first)), closing(claim(tmp_path, second)):
+        assert "another process uses this cache for s3://bucket at one; this is for s3://bucket at two" in caplog.text
+        assert is_in_use(tmp_path)
+    assert not is_in_use(tmp_path)
 
 
 def test_a_cache_of_before_is_its_first_store_s(make: Any, stores: list[str], tmp_path: Path) -> None:

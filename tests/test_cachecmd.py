@@ -14,6 +14,7 @@ import pytest
 from ftpvfs import cachecmd
 from ftpvfs.backend.backend import protocol_of
 from ftpvfs.backend.local import LocalBackend
+from ftpvfs.cache.database import DATABASE
 from ftpvfs.cache.index import cache_name
 from ftpvfs.clock import SYSTEM_CLOCK
 from ftpvfs.config import VFSOptions
@@ -127,15 +128,34 @@ def test_ls_tells_of_caches_of_other_stores_that_hold_what_they_never_got(
     (folder,) = cache_dir.iterdir()
     folder.rename(cache_dir / "renamed")
     done = run(local_store, "ls", "--json")
-    assert (done.returncode, done.stdout) == (0, "[]\n")
+    assert (done.returncode, done.stdout) == (1, "[]\n")
     assert "renamed" in done.stderr
     assert "1 files (5 bytes)" in done.stderr
 
 
-def test_where_there_is_no_cache_there_is_nothing_to_show(local_store: Store, run: Run, cache_dir: Path) -> None:
-    assert run(local_store, "ls", "--json").stdout == "[]\n"
+def test_a_cache_whose_index_is_gone_is_one_all_the_same(
+    make_rig: Callable[..., Rig], local_store: Store, run: Run, cache_dir: Path
+) -> None:
+    rig = make_rig(local_store)
+    rig.publish("waits", b"12345")
+    rig.close()
+    for file in cache_dir.glob(f"*/{DATABASE}*"):
+        file.unlink()
     assert run(local_store, "flush").returncode == 0
-    assert not cache_dir.exists()
+    assert local_store.read("waits") == b"12345"
+
+
+def test_flush_of_some_stores_without_a_cache_says_which(
+    make_rig: Callable[..., Rig], local_store: Store, run: Run, tmp_path: Path, cache_dir: Path
+) -> None:
+    rig = make_rig(local_store)
+    rig.publish("a", b"x")
+    rig.close()
+    ini = tmp_path / "ftpvfs.ini"
+    ini.write_text(f"[user:bob]\npassword = x\nurl = {tmp_path}\n[user:common]\npassword = x\n")
+    done = run(local_store, "flush", "--config", str(ini))
+    assert (done.returncode, done.stdout.strip().endswith("all is stored")) == (0, True), done.stderr
+    assert done.stderr.startswith(f"{tmp_path}: there is no cache {cache_dir}/")
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])

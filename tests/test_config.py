@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftpvfs import config
+from ftpvfs import VFSAuthorizer, config
 from ftpvfs.config import Address, ConfigError, load, vfs_options
 from ftpvfs.config.values import (
     format_bandwidth,
@@ -484,10 +484,10 @@ def test_a_bad_command_line_is_refused_in_one_line(argv, words):
     assert "hunter2" not in message
 
 
-def test_storage_options_are_json_where_they_parse_as_json():
-    flags = ["anon=true", 'kwargs={"a": [1]}', "key=text", "secret=a=b", 'id="7"']
+def test_storage_options_stay_as_they_were_written_for_their_store_to_read():
+    flags = ["anon=true", 'kwargs={"a": [1]}', "key=text", "secret=12345678", 'id="7"', "token=a=b"]
     loaded = load(["s3://b", *(f"--option={flag}" for flag in flags)], {})
-    expected = {"anon": True, "kwargs": {"a": [1]}, "key": "text", "secret": "a=b", "id": "7"}
+    expected = dict(flag.split("=", 1) for flag in flags)
     assert loaded.storage_options == expected
 
 
@@ -562,7 +562,7 @@ def test_a_user_may_have_a_store_with_options_of_its_own(ini):
         "[user:alice]\npassword = a\nurl = s3://c\noption.key = own\noption.password = x\noption.n = 5\n"
     )
     [alice] = load(["--config", path], {}).users
-    assert alice.storage_options == {"key": "own", "password": "x", "n": 5}
+    assert alice.storage_options == {"key": "own", "password": "x", "n": "5"}
 
 
 def test_listeners_have_their_own_tls_or_the_common_one(ini):
@@ -640,7 +640,7 @@ def test_a_password_never_becomes_empty_by_a_comment_sign(ini):
 def test_json_in_the_backend_section_may_hold_comment_signs_and_span_lines(ini):
     path = ini('[backend]\nurl = s3://b\na = "x ;y #z" ; note\nb = {"k": "a #b",\n   "l": 2}\nc = 5\nd = a "b\n')
     loaded = load(["--config", path], {})
-    assert loaded.storage_options == {"a": "x ;y #z", "b": {"k": "a #b", "l": 2}, "c": 5, "d": 'a "b'}
+    assert loaded.storage_options == {"a": '"x ;y #z"', "b": '{"k": "a #b",\n"l": 2}', "c": "5", "d": 'a "b'}
 
 
 @pytest.mark.parametrize(
@@ -734,7 +734,7 @@ def test_the_url_comes_from_the_argument_then_the_variable_then_the_ini(ini):
     assert load(["--config", path], {}).url == "memory://ini"
     assert load(["--config", path], {"FTPVFS_URL": "memory://env"}).url == "memory://env"
     loaded = load(["--config", path, "memory://arg", "--option", "key=flag"], {"FTPVFS_URL": "memory://env"})
-    assert (loaded.url, loaded.storage_options) == ("memory://arg", {"key": "flag", "other": 1})
+    assert (loaded.url, loaded.storage_options) == ("memory://arg", {"key": "flag", "other": "1"})
 
 
 def test_secrets_do_not_show_in_the_configuration(ini):
@@ -834,3 +834,59 @@ def test_the_reference_is_written_between_its_markers(tmp_path):
     assert written.endswith("after\n")
     assert "outdated" not in written
     assert config.with_reference(written) == written
+
+
+# --- doors that stand open
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "server"),
+    [
+        (["--user", "bob"], {}, ""),
+        (["--pass", ""], {}, ""),
+        (["--user", "bob", "--pass", ""], {}, ""),
+        ([], {"FTPVFS_USER": "bob"}, ""),
+        ([], {}, "[server]\nuser = bob\n"),
+        ([], {}, "[server]\nuser = bob\npass =\n"),
+        ([], {}, "[server]\npass =\n"),
+    ],
+)
+def test_nobody_comes_in_with_any_password_beside_users_who_have_one(ini, argv, environ, server):
+    path = ini(f"{server}[user:alice]\npassword = a\n")
+    with pytest.raises(ConfigError, match=r"--user: without --pass any password lets .+ in .*write --pass, or \[user:"):
+        load(["--config", path, *argv], environ)
+    assert load(["--config", path, *argv, "--pass", "b"], environ).users[0].password == "b"
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("server", "authorizer"),
+        ("server", "auth_proxy"),
+        ("tls", "cert"),
+        ("tls", "key"),
+        ("tls", "client_ca"),
+        ("listener:out]\naddr = :990\n[listener:in", "cert"),
+        ("listener:out", "client_ca"),
+        ("vfs", "cache_dir"),
+        ("user:alice", "home"),
+        ("user:alice", "password"),
+        ("user:alice", "password_hash"),
+        ("user:alice", "perm"),
+        ("user:alice", "url"),
+    ],
+)
+def test_a_value_that_a_template_has_left_empty_opens_nothing(ini, section, key):
+    path = ini(f"[{section}]\n{key} =\n")
+    with pytest.raises(ConfigError, match=rf"{key} in \[.*(the value is empty|is no )"):
+        load(["--config", path], {})
+
+
+def test_a_flag_that_is_empty_opens_nothing(ini):
+    for flag in ("--authorizer", "--auth-proxy", "--cert", "--client-ca", "--cache-dir"):
+        assert f"{flag}: the value is empty" in refusal(flag, "")
+
+
+def test_an_empty_home_is_refused_in_a_program_too():
+    with pytest.raises(ValueError, match="the home is empty"):
+        VFSAuthorizer().add_user("alice", "secret", "")

@@ -103,6 +103,8 @@ class Tuning:
     verify: bool = True
     server_mtime: bool = False
     follow_links: bool = False
+    # A folder of this machine that no client may reach; "" is none.
+    hidden: str = ""
     memory: MemoryBudget = field(default_factory=lambda: MemoryBudget(128 * 2**20))
 
 
@@ -248,6 +250,13 @@ class Backend(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.display}>"
+
+    @classmethod
+    def examine(cls, url: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
+        """Raise what is wrong with a URL and its options as far as can be known without contacting anybody.
+
+        Nothing is made. ValueError for what can never be right, OSError for what this machine's disk says.
+        """
 
     # --- what a store does
 
@@ -474,6 +483,14 @@ def open_backend(url: str, storage_options: Mapping[str, Any] | None = None, tun
     return cls.from_url(url, dict(storage_options or {}), tuning or Tuning())  # type: ignore[attr-defined, no-any-return]
 
 
+def examine(url: str, storage_options: Mapping[str, Any], tuning: Tuning | None = None) -> None:
+    """Raise what is wrong with a URL and its options. Nothing is made or contacted: it may be done before a fork.
+
+    ValueError and ImportError as of `open_backend`, OSError for a folder of this machine that cannot be listed.
+    """
+    _backend_class(protocol_of(url)).examine(url, storage_options, tuning or Tuning())
+
+
 def root_of(url: str) -> str:
     """Return the root that the URL's backend will have; of an archive in another store it is the URL itself.
 
@@ -497,6 +514,12 @@ def preload(url: str) -> None:
 def is_shared(url: str) -> bool:
     """Tell whether all processes see the same store under the URL."""
     return GENERIC.get(protocol_of(url), OBJECT_STORE).is_shared
+
+
+def capability_of(url: str) -> Capability:
+    """Return what a URL's store can do, as far as the protocol tells. ImportError for a missing package."""
+    protocol = protocol_of(url)
+    return getattr(_backend_class(protocol), "capability", None) or GENERIC.get(protocol, OBJECT_STORE)
 
 
 def protocol_of(url: str) -> str:

@@ -41,6 +41,7 @@ from ftpvfs.backend.capability import Capability
 from ftpvfs.backend.checksum import Checksum
 from ftpvfs.backend.errors import CHANGED, NO_BUCKET, is_transient
 from ftpvfs.backend.objectstore import ListedPage, ObjectStoreBackend, PartsFile, PartsUpload, Slice, bytes_of, md5
+from ftpvfs.backend.options import check_options
 from ftpvfs.errors import failure
 
 logger = logging.getLogger(__name__)
@@ -85,10 +86,14 @@ class GCSBackend(ObjectStoreBackend):
     @classmethod
     def from_url(cls, url: str, storage_options: dict[str, Any], tuning: Tuning) -> Backend:
         """Make the backend; nothing is asked of the store yet."""
-        root = GCSFileSystem._strip_protocol(url)
-        if not root:
+        cls.examine(url, storage_options, tuning)
+        return cls(url, GCSFileSystem._strip_protocol(url), storage_options, tuning)
+
+    @classmethod
+    def examine(cls, url: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
+        check_options(url, storage_options)
+        if not GCSFileSystem._strip_protocol(url):
             raise ValueError(f"{url}: the URL names no bucket; write gs://bucket or gs://bucket/prefix")
-        return cls(url, root, storage_options, tuning)
 
     def __init__(self, url: str, root: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
         super().__init__(url, root, storage_options, tuning)

@@ -12,6 +12,7 @@ import errno
 import functools
 import io
 import logging
+import os
 import secrets
 import tempfile
 import threading
@@ -40,6 +41,8 @@ from ftpvfs.backend.backend import (
     read_exactly,
 )
 from ftpvfs.backend.capability import GENERIC, OBJECT_STORE
+from ftpvfs.backend.hidden import Hidden
+from ftpvfs.backend.options import check_needed, check_options
 from ftpvfs.errors import ECHANGED, ENOSTORE, failure
 
 logger = logging.getLogger(__name__)
@@ -62,7 +65,15 @@ class GenericBackend(Backend):
     @classmethod
     def from_url(cls, url: str, storage_options: dict[str, Any], tuning: Tuning) -> Backend:
         """Make the backend; what is known without another machine's answer is told here."""
+        _check_url(url, storage_options, tuning)
         return cls(url, storage_options, tuning)
+
+    @classmethod
+    def examine(cls, url: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
+        _check_url(url, storage_options, tuning)
+        place = _local_place(url)
+        if place is not None:
+            os.stat(place)
 
     def __init__(self, url: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
         super().__init__(url, "", storage_options, tuning)
@@ -543,3 +554,20 @@ def _time(info: Mapping[str, Any]) -> float | None:
 
 def _is_temporary(name: str) -> bool:
     return name.startswith(".ftpvfs-") and name.endswith(".tmp")
+
+
+def _check_url(url: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
+    """Raise ValueError for options that the store would swallow, or lacks, and for a way to the server's own cache."""
+    check_options(url, storage_options)
+    check_needed(url, storage_options)
+    place = _local_place(url)
+    if place is not None and tuning.hidden and Hidden.below(place, tuning.hidden, follow_links=False) is not None:
+        raise ValueError(f"the cache folder {tuning.hidden} lies in {place}, which is served; write --cache-dir")
+
+
+def _local_place(url: str) -> str | None:
+    """Return the file or folder of this machine that is served by way of others (`zip::/a.zip`); None for no such."""
+    *others, last = url.split("::")
+    if not others or protocol_of(last) not in {"file", "local"}:
+        return None
+    return str(filesystem_class("file")._strip_protocol(last))

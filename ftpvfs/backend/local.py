@@ -11,7 +11,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -39,6 +39,8 @@ from ftpvfs.backend.backend import (
     read_exactly,
 )
 from ftpvfs.backend.capability import Capability
+from ftpvfs.backend.hidden import Hidden
+from ftpvfs.backend.options import check_options
 from ftpvfs.coordination.folders import may_hang
 from ftpvfs.errors import ECHANGED, failure
 from ftpvfs.waiting import Wait, about_to_wait
@@ -66,9 +68,7 @@ class LocalBackend(Backend):
     def from_url(cls, url: str, storage_options: dict[str, Any], tuning: Tuning) -> Backend:
         """Make the backend; the one storage option is `sync` (default true): a file is on the disk when it is there."""
         root = _root(url)
-        unknown = sorted(set(storage_options) - {"sync"})
-        if unknown:
-            raise ValueError(f"{unknown[0]} is no storage option of a local folder; it knows sync")
+        check_options(url, storage_options)
         sync = storage_options.get("sync", True)
         if not isinstance(sync, bool):
             raise ValueError(f"storage option sync: {sync!r} is neither true nor false")
@@ -81,9 +81,18 @@ class LocalBackend(Backend):
     def __init__(self, url: str, root: str, tuning: Tuning, *, sync: bool) -> None:
         super().__init__(url, root, {}, tuning)
         self.sync = sync
+        self._hidden = _hidden(root, tuning)
         self._served = roots.served(root)
         if may_hang(root):
             self.capability = replace(self.capability, answers_at_once=False)
+
+    @classmethod
+    def examine(cls, url: str, storage_options: Mapping[str, Any], tuning: Tuning) -> None:
+        check_options(url, storage_options)
+        root = _root(url)
+        _hidden(root, tuning)
+        if not may_hang(root):
+            os.scandir(root).close()
 
     def locate(self, path: str) -> str:
         """Return the file's name on the disk; ELOOP where a folder on the way is a symbolic link not to be followed."""
@@ -94,6 +103,8 @@ class LocalBackend(Backend):
             for folder in [*reversed(paths.ancestors(parent)), parent] if parent else ():
                 if folder and stat.S_ISLNK(_mode(paths.key(self.root, folder))):
                     raise failure(errno.ELOOP, path, "Symbolic links are not followed (--copy-links follows them)")
+        if self._hidden is not None:
+            self._hidden.refuse(name, path)
         return name
 
     def _folder(self, path: str) -> str:
@@ -124,6 +135,8 @@ class LocalBackend(Backend):
             for item in found:
                 is_empty = False
                 if not paths.is_listable(item.name) or _is_temporary(item.name):
+                    continue
+                if self._hidden is not None and self._hidden.covers(item.path):
                     continue
                 try:
                     info = item.stat(follow_symlinks=follow)
@@ -241,6 +254,8 @@ class LocalBackend(Backend):
         with self._renamed(source):
             self.refuse_hidden(target)
             old, new = self.locate(source), self.locate(target)
+            if self._hidden is not None:
+                self._hidden.refuse_above(old, source)
             os.rename(old, new)
             # The new name first: after a power cut the file has both names rather than none.
             for folder in dict.fromkeys((os.path.dirname(new), os.path.dirname(old))):
@@ -512,6 +527,10 @@ def _fingerprint(info: os.stat_result) -> str:
 
 def _temporary_name(folder: str) -> str:
     return str(PurePosixPath(folder) / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+
+
+def _hidden(root: str, tuning: Tuning) -> Hidden | None:
+    return Hidden.below(root, tuning.hidden, follow_links=tuning.follow_links) if tuning.hidden else None
 
 
 def _is_temporary(name: str) -> bool:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ftpvfs.config.table import OPTIONS, PREFIX, URL_OPTION, nearest
-from ftpvfs.config.values import BOOL, ConfigError, storage_value
+from ftpvfs.config.values import BOOL, ConfigError
 
-COMMANDS = ("serve", "check-config", "hash-password", "cache")
+COMMANDS = ("serve", "check-config", "hash-password", "cache", "help", "version")
 CACHE_COMMANDS = ("ls", "verify", "flush")
+# What `help` knows something about.
+TOPICS = (*COMMANDS, *(f"cache {each}" for each in CACHE_COMMANDS))
+# Commands for which the ini file, the environment and the flags are not read: a flag there would be ignored.
+WITHOUT_OPTIONS = ("check-config", "hash-password", "version")
 
 FLAGS = {f"--{row.flag}": row for row in OPTIONS}
 OTHER_FLAGS = ("--config", "--option", "--verbose", "--use-json-log", "--version", "--help", "--json")
@@ -72,6 +77,8 @@ def command_of(positionals: Sequence[str]) -> tuple[str, list[str]]:
     command, rest = "serve", list(positionals)
     if rest and rest[0] in COMMANDS:
         command = rest.pop(0)
+    elif len(rest) == 1:
+        _check_no_slip(rest[0])
     if command == "cache":
         if not rest or rest[0] not in CACHE_COMMANDS:
             raise ConfigError(f"cache: say what to do, as in cache ls; it knows {', '.join(CACHE_COMMANDS)}")
@@ -80,12 +87,40 @@ def command_of(positionals: Sequence[str]) -> tuple[str, list[str]]:
         raise ConfigError("check-config: name one ini file, as in check-config ftpvfs.ini")
     if command == "hash-password" and rest:
         raise ConfigError("hash-password: asks for the password, or reads it from standard input")
+    if command == "version" and rest:
+        raise ConfigError("version: takes nothing more")
     if len(rest) > 1:
         if rest == list(positionals):
             near = nearest(rest[0], COMMANDS)
             raise ConfigError(f"more than one URL, and no command before them; the nearest command is {near}")
         raise ConfigError("more than one URL; one is served at a time")
     return command, rest
+
+
+def _check_no_slip(word: str) -> None:
+    """Raise ConfigError for a word that can only be meant for a command: no URL, no path, and nothing of that name."""
+    if "/" not in word and "::" not in word and word not in (".", "..") and not os.path.lexists(word):
+        near = nearest(word, COMMANDS)
+        raise ConfigError(f"{word!r} is no command, and no folder here; the nearest is {near}, ftpvfs help shows all")
+
+
+def topic_of(positionals: Sequence[str]) -> str:
+    """The command that help is asked for, "" for all of them. ConfigError for `help` of what is no command."""
+    words = list(positionals)
+    if asked := words[:1] == ["help"]:
+        words.pop(0)
+    topic = next((" ".join(words[:count]) for count in (2, 1) if " ".join(words[:count]) in TOPICS), "")
+    if asked and topic != " ".join(words):
+        raise ConfigError(f"help: {words[-1]!r} is no command; the nearest one is {nearest(' '.join(words), TOPICS)}")
+    return topic
+
+
+def check_no_flags(command: str, arguments: Arguments) -> None:
+    """Raise ConfigError for a flag of a command that would ignore it."""
+    given = [name for name, value in arguments.flags.items() if value and name not in ("help", "version")]
+    if given and command in WITHOUT_OPTIONS:
+        flag = next((flag for flag, row in FLAGS.items() if f"{row.section}.{row.field}" == given[0]), "")
+        raise ConfigError(f"{flag or '--' + given[0].replace('_', '-')}: {command} takes no flags but --help")
 
 
 def read_flags(arguments: Arguments) -> dict[str, dict[str, Any]]:
@@ -129,11 +164,12 @@ def read_environment(environ: Mapping[str, str]) -> tuple[dict[str, dict[str, An
     return values, warnings
 
 
-def read_options(pairs: Iterable[str]) -> dict[str, Any]:
+def read_options(pairs: Iterable[str]) -> dict[str, str]:
+    """The storage options of the flags, as they were written."""
     options = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not key or not equals:
             raise ConfigError("--option: no KEY=VALUE; write for example --option anon=true")
-        options[key] = storage_value(text)
+        options[key] = text
     return options

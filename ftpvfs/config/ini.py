@@ -24,7 +24,7 @@ from ftpvfs.config.table import (
     Option,
     nearest,
 )
-from ftpvfs.config.values import USER_NAME, ConfigError, storage_value
+from ftpvfs.config.values import USER_NAME, ConfigError
 
 # A comment starts at a ; or # behind white space or at the line's start, so that `a;b` and `$argon2$x#y` are
 # values. A JSON string may hold anything: the first half steps over it.
@@ -40,7 +40,7 @@ class Section:
 
     where: str
     values: dict[str, Any] = field(default_factory=dict)
-    storage_options: dict[str, Any] = field(default_factory=dict)
+    storage_options: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Ini:
     """What an ini file says, read as far as it could be; `problems` in the order of lines."""
 
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
-    storage_options: dict[str, Any] = field(default_factory=dict)
+    storage_options: dict[str, str] = field(default_factory=dict)
     users: dict[str, Section] = field(default_factory=dict)
     listeners: dict[str, Section] = field(default_factory=dict)
     problems: list[ConfigError] = field(default_factory=list)
@@ -121,13 +121,13 @@ def _read_backend_key(found: Ini, key: str, text: str, source: str) -> None:
     if key == URL_OPTION.key:
         _read_key(found.values.setdefault(BACKEND, {}), [URL_OPTION], key, text, source)
     else:
-        found.storage_options[key.removeprefix(STORAGE_OPTION)] = storage_value(text)
+        found.storage_options[key.removeprefix(STORAGE_OPTION)] = text
 
 
 def _read_user_key(user: Section, key: str, text: str, source: str) -> None:
     # Unlike [backend] a user's section takes no other key for a storage option: a slip in `perm` would be one.
     if key.startswith(STORAGE_OPTION):
-        user.storage_options[key.removeprefix(STORAGE_OPTION)] = storage_value(text)
+        user.storage_options[key.removeprefix(STORAGE_OPTION)] = text
     elif key not in {row.key for row in USER_OPTIONS}:
         near = nearest(key, [row.key for row in USER_OPTIONS])
         hint = f"{STORAGE_OPTION}{key} would be a storage option of the user's own url"

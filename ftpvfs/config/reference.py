@@ -54,7 +54,7 @@ def _entries() -> list[_Entry]:
             "[backend] KEY",
             "",
             "",
-            "A storage option for fsspec, JSON where it parses as JSON; repeatable",
+            "A storage option for fsspec: text, unless the store knows it as something else; repeatable",
         ),
         _Entry("Configuration", "config", "", "FILE", "", config, "", "Read options from this ini file"),
         _Entry("Configuration", "version", "", "", "", "", "", "Print the version"),
@@ -62,31 +62,89 @@ def _entries() -> list[_Entry]:
     ]
 
 
-def help_text() -> str:
-    """What --help prints: each group's flags with their types, meanings and defaults."""
-    entries = [entry for entry in _entries() if entry.flag]
+class _Usage(NamedTuple):
+    """How a command is called, what it does in a line or a few, and the groups of flags that mean something to it."""
+
+    form: str
+    meaning: str
+    groups: tuple[str, ...] = ()
+    flags: tuple[tuple[str, str], ...] = ()  # those of this command alone, which are in no table
+
+
+CACHE_GROUPS = ("VFS", "Performance", "Events", "Networking", "Logging", "Backend", "Configuration")
+GIVE_THE_SAME = "Give the URL, --cache-dir, --name and storage options that the server has, or the same --config."
+USAGES = {
+    "serve": _Usage("[serve] [URL] [flags]", "serve URL: a folder (default: the current one) or e.g. s3://bucket/prefix"),
+    "check-config": _Usage("check-config FILE", "say what is wrong with an ini file, or ok; contacts no store"),
+    "cache": _Usage("cache ls|verify|flush [URL] [flags]", "look at the disk cache, compare, store what waits"),
+    "cache ls": _Usage(
+        "cache ls [URL] [flags]",
+        f"list what the disk cache has, and what waits to be stored; asks the store nothing. {GIVE_THE_SAME}"
+        " Status 1 where there is no cache.",
+        CACHE_GROUPS,
+        (("--json", "Print the list as JSON"),),
+    ),
+    "cache verify": _Usage(
+        "cache verify [URL] [flags]",
+        f"compare the disk cache with the store. {GIVE_THE_SAME} Status 1 where they differ, or there is no cache.",
+        CACHE_GROUPS,
+    ),
+    "cache flush": _Usage(
+        "cache flush [URL] [flags]",
+        f"store now what waits in the disk cache, beside a server or without one. {GIVE_THE_SAME}"
+        " Status 1 where something is left, or there is no cache.",
+        CACHE_GROUPS,
+    ),
+    "hash-password": _Usage(
+        "hash-password",
+        "make a password_hash for a [user:NAME] of the ini file, from standard input where that is no terminal",
+    ),
+    "help": _Usage("help [COMMAND]", "print this, or the help of a command"),
+    "version": _Usage("version", "print the version"),
+}
+
+
+def help_text(topic: str = "") -> str:
+    """What --help prints: for all, and for serve, the server's flags with their types, meanings and defaults."""
+    if topic in ("", "serve"):
+        return "\n".join(_overview()) + "\n"
+    usage = USAGES[topic]
+    out = ["Usage:", f"  ftpvfs {usage.form}", "", *textwrap.wrap(_sentence(usage.meaning), 110)]
+    if topic == "cache":
+        out += ["", "Commands:"]
+        out += [f"  ftpvfs {each.form}" for name, each in USAGES.items() if name.startswith("cache ")]
+        out += ["", "ftpvfs help cache ls, and so on, prints the help of each."]
+    if usage.flags:
+        out += ["", "Flags:", *(f"      {flag}  {meaning}" for flag, meaning in usage.flags)]
+    if usage.groups:
+        out += _flags([entry for entry in _entries() if entry.flag and entry.group in usage.groups])
+    return "\n".join(out) + "\n"
+
+
+def _overview() -> Iterator[str]:
+    yield from ("Serve a folder, a bucket or any other fsspec store over FTP.", "", "Usage:")
+    shown = [usage for name, usage in USAGES.items() if not name.startswith("cache ")]
+    width = max(len(usage.form) for usage in shown) + 2
+    yield from (f"  ftpvfs {usage.form.ljust(width)}{usage.meaning}" for usage in shown)
+    yield from ("", f"Each flag is also a variable, --read-only is {PREFIX}READ_ONLY, and a key in the ini file.")
+    yield from _flags([entry for entry in _entries() if entry.flag])
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
+
+
+def _flags(entries: Sequence[_Entry]) -> Iterator[str]:
     heads = {entry: f"{f'-{entry.short},' if entry.short else '':>5} --{entry.flag} {entry.kind}" for entry in entries}
     width = max(map(len, heads.values())) + 2
-    out = [
-        "Serve a folder, a bucket or any other fsspec store over FTP.",
-        "",
-        "Usage:",
-        "  ftpvfs [serve] [URL] [flags]     URL is a folder (default: the current one) or e.g. s3://bucket/prefix",
-        "  ftpvfs check-config FILE",
-        "  ftpvfs cache ls|verify|flush [URL] [flags]   see what the disk cache has, compare, store what waits",
-        "  ftpvfs hash-password             make a password_hash for a [user:NAME] in the ini file",
-        "",
-        f"Each flag is also a variable, --read-only is {PREFIX}READ_ONLY, and a key in the ini file.",
-    ]
     for group in dict.fromkeys(entry.group for entry in entries):
-        out += ["", f"{group} flags:"]
+        yield from ("", f"{group} flags:")
         for entry in entries:
             if entry.group == group:
                 default = "" if entry.default in ("", "`false`", "`0`") else f" (default {entry.default})"
                 text = (entry.meaning + default).replace("`", "")
                 head, indent = heads[entry].ljust(width), " " * width
-                out += textwrap.wrap(text, 110, initial_indent=head, subsequent_indent=indent)
-    return "\n".join(out) + "\n"
+                yield from textwrap.wrap(text, 110, initial_indent=head, subsequent_indent=indent)
 
 
 def reference() -> str:

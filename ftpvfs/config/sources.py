@@ -6,7 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ftpvfs.config.arguments import command_of, parse_arguments, read_environment, read_flags, read_options
+from ftpvfs.config.arguments import (
+    check_no_flags,
+    command_of,
+    parse_arguments,
+    read_environment,
+    read_flags,
+    read_options,
+    topic_of,
+)
 from ftpvfs.config.ini import Ini, read_ini
 from ftpvfs.config.table import (
     BACKEND,
@@ -18,6 +26,7 @@ from ftpvfs.config.table import (
     Listener,
     TLSOptions,
     User,
+    check_cache_dir,
 )
 from ftpvfs.config.values import Address, ConfigError, format_address
 
@@ -31,18 +40,18 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     and version.
     """
     arguments = parse_arguments(argv)
-    for command in ("help", "version"):
-        if arguments.flags[command]:
-            return Config(command)
+    if arguments.flags["help"] or arguments.positionals[:1] == ["help"]:
+        return Config("help", topic=topic_of(arguments.positionals))
+    if arguments.flags["version"]:
+        return Config("version")
     command, positionals = command_of(arguments.positionals)
+    check_no_flags(command, arguments)
     if arguments.flags["json"] and command != "cache ls":
         raise ConfigError(f"--json: {command} does not print JSON; cache ls does")
     if command == "check-config":
         return Config(command, file=positionals[0])
-
-    if command == "hash-password":
+    if command in ("hash-password", "version"):
         return Config(command)
-
     flags = read_flags(arguments)
     variables, warnings = read_environment(environ)
     file = arguments.flags.get("config") or environ.get(f"{PREFIX}CONFIG", "")
@@ -72,7 +81,7 @@ def check_file(path: str) -> list[ConfigError]:
     return ini.problems
 
 
-def _combine(ini: Ini, above: Sequence[Values], options: Mapping[str, Any]) -> Config:
+def _combine(ini: Ini, above: Sequence[Values], options: Mapping[str, str]) -> Config:
     """An ini file and what comes before it, the most important last; `options` are the flags' storage options."""
     values = {
         section: {name: value for layer in [ini.values, *above] for name, value in layer.get(section, {}).items()}
@@ -83,13 +92,15 @@ def _combine(ini: Ini, above: Sequence[Values], options: Mapping[str, Any]) -> C
         source = "--option" if options else f"{ini.backend}: [backend]"
         raise ConfigError(f"{source}: storage options but no URL; write for example url = s3://bucket/prefix")
     _check_who_decides(ini, values)
-    return Config(
+    config = Config(
         url=url or ".",
         storage_options={**ini.storage_options, **options},
         users=tuple(_users(ini, values["server"])),
         listeners=tuple(_listeners(ini, values)),
         **{section: row(**values[section]) for section, row in SECTIONS.items()},
     )
+    check_cache_dir(config.vfs)
+    return config
 
 
 def _check_who_decides(ini: Ini, values: Values) -> None:
@@ -114,6 +125,9 @@ def _users(ini: Ini, server: Mapping[str, Any]) -> Iterator[User]:
     if not ini.users or "user" in server or "password" in server:
         if single.name in ini.users:
             raise ConfigError(f"--user: {single.name} is [{USER}:{single.name}] already; give one of them")
+        if ini.users and single.password is None:
+            why = f"without --pass any password lets {single.name} in beside the users of the ini file"
+            raise ConfigError(f"--user: {why}; write --pass, or [{USER}:{single.name}] with a password_hash")
         yield single
     for name, section in ini.users.items():
         yield User(name=name, storage_options=section.storage_options, **section.values)

@@ -68,6 +68,7 @@ class Option:
     short: str
     secret: bool
     hidden: bool = False  # for debugging: not in help and reference
+    never_empty: bool = False  # an empty value would open a door, as a template does that is filled in with nothing
     section: str = ""
     field: str = ""
     key: str = ""
@@ -78,6 +79,8 @@ class Option:
 
     def read(self, text: str, source: str) -> Any:
         """The value that the text stands for; ConfigError names the source."""
+        if self.never_empty and not text:
+            raise ConfigError(f"{source}: the value is empty; write one, or leave {self.key} out")
         try:
             return self.kind.parse(text)
         except ValueError as error:
@@ -108,6 +111,7 @@ def option(
     shown: str = "",
     secret: bool = False,
     hidden: bool = False,
+    never_empty: bool = False,
     factory: Callable[[], Any] | None = None,
 ) -> Any:
     """A dataclass field that is a row of the table; flag and ini key follow from its name unless given.
@@ -115,7 +119,7 @@ def option(
     `shown` describes a default found out at run time, by `factory` or where it is used (then it is None).
     Whoever adds or changes one runs `python -m ftpvfs.config README.md`.
     """
-    row = Option(kind, group, meaning, default, shown, flag, short, secret, hidden, key=key)
+    row = Option(kind, group, meaning, default, shown, flag, short, secret, hidden, never_empty, key=key)
     if factory:
         return field(default_factory=factory, metadata={"option": row})
     value = None if default is None else kind.parse(default)
@@ -128,7 +132,18 @@ def _workers() -> int:
 
 
 def _cache_dir() -> str:
-    return platformdirs.user_cache_dir("ftpvfs", appauthor=False)
+    """The folder for the user's caches; "" where the user has none, which `check_cache_dir` refuses."""
+    try:
+        folder = platformdirs.user_cache_dir("ftpvfs", appauthor=False)
+    except RuntimeError:  # a user id that no account has, without HOME
+        return ""
+    return folder if os.path.isabs(folder) else ""  # older releases leave the ~ in it
+
+
+def check_cache_dir(options: VFSOptions) -> None:
+    """Raise ConfigError where there is no folder for the cache."""
+    if not options.cache_dir:
+        raise ConfigError(f"--cache-dir: user {os.getuid()} has no home folder for the cache; write --cache-dir FOLDER")
 
 
 @dataclass(frozen=True)
@@ -178,8 +193,15 @@ class ServerOptions:
         CLASS,
         "Users",
         "A class of your own, derived from any of pyftpdlib's authorizers, decides who may log in",
+        never_empty=True,
     )
-    auth_proxy: str = option("", TEXT, "Users", "A program to use to find the user's backend from name and password")
+    auth_proxy: str = option(
+        "",
+        TEXT,
+        "Users",
+        "A program to use to find the user's backend from name and password",
+        never_empty=True,
+    )
     max_cons: int = option("512", COUNT, "Limits", "Most sessions at once; 0 is no limit")
     max_cons_per_ip: int = option("0", COUNT, "Limits", "Most sessions at once from one address; 0 is no limit")
     max_login_attempts: int = option("3", POSITIVE, "Limits", "Wrong passwords after which a session is closed")
@@ -221,9 +243,21 @@ class TLSOptions:
         shown="`implicit` with a certificate, else `off`",
         flag="tls-mode",
     )
-    cert: str = option("", PATH, "TLS", "TLS PEM certificate, followed by those of its CAs; the key may be in it, too")
-    key: str = option("", PATH, "TLS", "TLS PEM private key")
-    client_ca: str = option("", PATH, "TLS", "PEM certificates of CAs; clients must show a certificate of one of them")
+    cert: str = option(
+        "",
+        PATH,
+        "TLS",
+        "TLS PEM certificate, followed by those of its CAs; the key may be in it, too",
+        never_empty=True,
+    )
+    key: str = option("", PATH, "TLS", "TLS PEM private key", never_empty=True)
+    client_ca: str = option(
+        "",
+        PATH,
+        "TLS",
+        "PEM certificates of CAs; clients must show a certificate of one of them",
+        never_empty=True,
+    )
     min_version: str = option(
         "tls1.2", TLS_VERSION, "TLS", "Minimum TLS version: tls1.2 or tls1.3", flag="min-tls-version"
     )
@@ -256,6 +290,7 @@ class VFSOptions:
         "VFS",
         "Folder for the index and what else is kept on disk",
         shown="`ftpvfs` in the user's cache folder",
+        never_empty=True,
         factory=_cache_dir,
     )
     name: str | None = option(
@@ -423,15 +458,19 @@ class LogOptions:
 class User:
     """Who may log in: ini section [user:NAME]. Without a password and a hash every password is right.
 
-    `url` and `storage_options` are a backend of the user's own; empty means that of all.
+    `url` and `storage_options` (as they were written) are a backend of the user's own; empty means that of all.
     """
 
     name: str = ""
-    password: str | None = option(None, TEXT, "Users", "The password in clear; better keep a hash of it", secret=True)
+    password: str | None = option(
+        None, TEXT, "Users", "The password in clear; better keep a hash of it", secret=True, never_empty=True
+    )
     password_hash: str | None = option(
         None, PASSWORD_HASH, "Users", "The password's argon2 hash, which `ftpvfs hash-password` makes", secret=True
     )
-    home: str = option("/", HOME, "Users", "Folder in which the user is kept; made when it is first written to")
+    home: str = option(
+        "/", HOME, "Users", "Folder in which the user is kept; made when it is first written to", never_empty=True
+    )
     perm: str = option(
         PERMISSIONS,
         PERMS,
@@ -439,7 +478,12 @@ class User:
         "pyftpdlib's letters: enter, list, read; append, delete, rename (f), make folders, write, mode (M), time (T)",
     )
     url: str = option(
-        "", TEXT, "Users", "A backend of the user's own; `option.KEY` is a storage option for it", secret=True
+        "",
+        TEXT,
+        "Users",
+        "A backend of the user's own; `option.KEY` is a storage option for it",
+        secret=True,
+        never_empty=True,
     )
     cache_name: str | None = option(
         None, NAME, "Users", "What --name is for the common backend, for the user's own", shown="from the URL"
@@ -448,7 +492,7 @@ class User:
     bwlimit: Bandwidth = option(
         "off", BANDWIDTH, "Users", "Bytes a second of all the user's file transfers together, in all workers"
     )
-    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
+    storage_options: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -508,11 +552,15 @@ URL_OPTION = Option(
 
 @dataclass(frozen=True)
 class Config:
-    """Everything the command line, the environment and the ini file say. `warnings` are for the log."""
+    """Everything the command line, the environment and the ini file say. `warnings` are for the log.
+
+    Storage options are as they were written: what type each has is known to its store alone.
+    """
 
     command: str = "serve"
+    topic: str = ""  # the command that `help` is about; "" for all
     url: str = field(default=".", repr=False)
-    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
+    storage_options: dict[str, str] = field(default_factory=dict, repr=False)
     vfs: VFSOptions = field(default_factory=VFSOptions)
     server: ServerOptions = field(default_factory=ServerOptions, repr=False)
     tls: TLSOptions = field(default_factory=TLSOptions)
@@ -532,7 +580,9 @@ def vfs_options(**keywords: Any) -> VFSOptions:
         if name not in known:
             raise ConfigError(f"unknown keyword {name}; the nearest known one is {nearest(name, known)}")
         values[name] = known[name].take(value, f"keyword {name}")
-    return VFSOptions(**values)
+    options = VFSOptions(**values)
+    check_cache_dir(options)
+    return options
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

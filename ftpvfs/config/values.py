@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import ipaddress
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -303,14 +302,6 @@ def parse_text(text: str) -> str:
     return text
 
 
-def storage_value(text: str) -> Any:
-    """A storage option's value: JSON where it parses as JSON, else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def parse_home(text: str) -> str:
     return paths.normalize(text)
 
@@ -346,7 +337,10 @@ def parse_class(text: str) -> str:
 
 def parse_path(text: str) -> str:
     """A path on this machine, `~` expanded; empty stays empty."""
-    return str(Path(text).expanduser()) if text else ""
+    try:
+        return str(Path(text).expanduser()) if text else ""
+    except RuntimeError:  # a user id that no account has, without HOME
+        raise ValueError("begins with a home folder that is not known; write the whole path, from / on") from None
 
 
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:

@@ -36,6 +36,25 @@ def private_folder(folder: Path) -> None:
     Nobody else may look into it, nor put there what we would believe: where somebody could have, it is refused.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_private(folder)
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def examine_private_folder(folder: Path) -> None:
+    """Raise what `private_folder` would, as far as that can be seen; nothing is made or changed."""
+    if folder.exists():
+        _check_private(folder)
+        return
+    place = _existing(folder)
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"it cannot be made in {place}")
+    _check_local(folder)
+
+
+def _check_private(folder: Path) -> None:
     status, above = folder.stat(), folder.parent.stat()
     if os.geteuid() not in (0, status.st_uid):
         raise PermissionError(errno.EPERM, "it belongs to another user")
@@ -43,8 +62,10 @@ def private_folder(folder: Path) -> None:
         raise PermissionError(errno.EPERM, f"everybody may put another in its place (see the mode of {folder.parent})")
     if status.st_mode & OTHERS_WRITE and any(folder.iterdir()):
         raise PermissionError(errno.EPERM, "others may have put there what is in it (its mode should be 0700)")
-    if status.st_mode & 0o077:
-        folder.chmod(0o700)
+    _check_local(folder)
+
+
+def _check_local(folder: Path) -> None:
     kind = network_filesystem(folder)
     if kind is not None:
         raise OSError(errno.EOPNOTSUPP, f"it is on a network file system ({kind}), where locks do not hold")

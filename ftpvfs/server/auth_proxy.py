@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from pyftpdlib.authorizers import AuthenticationFailed
 
 from ftpvfs.authorizer import ALL, VFSAuthorizer
+from ftpvfs.backend.options import read_options
 from ftpvfs.cache.index import cache_name
 from ftpvfs.config import ConfigError, VFSOptions
 from ftpvfs.config.values import NAME
@@ -229,7 +230,7 @@ class ProxyAuthorizer(VFSAuthorizer):
         shown = ""
         try:
             options = dataclasses.replace(self._options, name=name)
-            vfs = VFS(answer.url, storage_options=answer.storage_options, options=options)
+            vfs = VFS(answer.url, storage_options=read_options(answer.url, answer.storage_options), options=options)
             shown = f", {vfs.name},"
             vfs.prepare()
         except Exception as error:  # noqa: BLE001 - whatever fsspec's filesystems make of options
@@ -387,4 +388,7 @@ def _joined(url: str, root: str) -> str:
 
 def _renamed(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
     names = PARAMETERS.get(protocol, {})
-    return {names.get(key, key): value for key, value in options.items() if names.get(key, key)}
+    renamed = {names.get(key, key): value for key, value in options.items() if names.get(key, key)}
+    if protocol == "s3" and "region" in renamed:
+        renamed["client_kwargs"] = {**renamed.get("client_kwargs", {}), "region_name": renamed.pop("region")}
+    return renamed

@@ -16,6 +16,7 @@ from typing import Any
 
 from ftpvfs import paths
 from ftpvfs.backend.backend import Backend, Entry, Tuning, open_backend, protocol_of
+from ftpvfs.backend.capability import Capability
 from ftpvfs.backend.chunks import ChunkPolicy
 from ftpvfs.cache.cache import Cache
 from ftpvfs.cache.downloader import Downloads
@@ -87,10 +88,9 @@ class Core:
         self.backend.when_gone = lambda: self.later(self.dirs.forget)
         self.patience = Patience()
         self.count: Counter[str] = Counter()
-        self.marks_folders = self.backend.capability.real_directories or options.dir_markers
+        self.marks_folders = marks_folders(self.backend.capability, options)
         self.keeps_folders = not self.marks_folders
-        shown = not (options.no_modtime or options.use_server_modtime)
-        self.times = Times(self.backend, lambda: self.index, shown=shown)
+        self.times = Times(self.backend, lambda: self.index, shown=shows_times(options))
         self._clock = clock
         self._index_lock = threading.Lock()
         self._index: Index | None = None
@@ -113,6 +113,7 @@ class Core:
             verify=not options.no_checksum,
             server_mtime=options.use_server_modtime or options.no_modtime,
             follow_links=options.copy_links,
+            hidden=options.cache_dir,
             memory=self.memory,
         )
         return open_backend(url, storage_options, tuning)
@@ -148,9 +149,7 @@ class Core:
     def _open_cache(self) -> CacheParts:
         """Open the disk cache: what is dirty is shown, and on its way to the store, from here on."""
         if self.alone is not None or not isinstance(self._locks, PathLocks):
-            raise self.alone or failure(
-                errno.EINVAL, self.backend.display, "Only this process sees the store: --vfs-cache-mode must be off"
-            )
+            raise self.alone or not_cacheable(self.backend.display)
         options = self.options
         self._cache_feed = ChangeFeed(self.folder)
         cache = Cache(self.folder, self.index, options, clock=self._clock, feed=self._cache_feed)
@@ -475,3 +474,24 @@ class Core:
                     self.dirs.forget(path)
                 except OSError as error:  # the store is away; what is cached stays until it is too old
                     logger.info("polling %r: %s", path, error)
+
+
+def marks_folders(capability: Capability, options: VFSOptions) -> bool:
+    """Tell whether the store keeps empty folders; else the index does."""
+    return capability.real_directories or options.dir_markers
+
+
+def shows_times(options: VFSOptions) -> bool:
+    """Tell whether anybody wants to see true modification times."""
+    return not (options.no_modtime or options.use_server_modtime)
+
+
+def needs_index(capability: Capability, options: VFSOptions) -> bool:
+    """Tell whether a store needs records on disk, be they of folders or of times, also without a disk cache."""
+    times = Times.needed(capability, shown=shows_times(options))
+    return not marks_folders(capability, options) or any(times)
+
+
+def not_cacheable(store: str) -> OSError:
+    """Return what to raise for a disk cache before a store that no other process sees."""
+    return failure(errno.EINVAL, store, "Only this process sees the store: --vfs-cache-mode must be off")

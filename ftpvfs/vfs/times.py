@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from ftpvfs import paths
 from ftpvfs.backend.backend import Backend, Entry
+from ftpvfs.backend.capability import Capability
 from ftpvfs.cache.index import Index
 
 
@@ -32,8 +33,12 @@ class Times:
     def __init__(self, backend: Backend, index: Callable[[], Index], *, shown: bool) -> None:
         self._backend = backend
         self._index = index
-        self.asks = shown and not backend.capability.lists_mtime
-        self.keeps = shown and backend.capability.writes and not backend.capability.sets_mtime
+        self.asks, self.keeps = self.needed(backend.capability, shown=shown)
+
+    @staticmethod
+    def needed(capability: Capability, *, shown: bool) -> tuple[bool, bool]:
+        """Return whether the store is to be asked for each time, and whether the index keeps those that were set."""
+        return shown and not capability.lists_mtime, shown and capability.writes and not capability.sets_mtime
 
     def fill_listing(self, folder: str, entries: Iterable[Entry]) -> None:
         """Fill in the times of a whole folder, in place."""

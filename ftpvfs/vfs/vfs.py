@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import Entry, display_url, is_shared, preload
+from ftpvfs.backend.backend import Entry, Tuning, capability_of, display_url, examine, is_shared, preload, root_of
+from ftpvfs.cache.identity import Identity, examine_claim, folder_name
 from ftpvfs.cache.records import PartialRecord
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
 from ftpvfs.config import ConfigError, VFSOptions, vfs_options
+from ftpvfs.coordination.folders import examine_private_folder, unusable
 from ftpvfs.errors import AWAY, EUNSUPPORTED, failure
-from ftpvfs.vfs.core import Core
+from ftpvfs.vfs.core import Core, needs_index, not_cacheable
 from ftpvfs.vfs.dircache import Listing
 from ftpvfs.vfs.handle import Handle
 from ftpvfs.vfs.opening import Opening, Request
@@ -122,13 +124,41 @@ class VFS:
         """Import what the store needs, so that processes which are forked later share it. ImportError, ValueError."""
         preload(self._url)
 
+    @property
+    def cache_place(self) -> Path:
+        """Where `cache_folder` is or will be; nothing is opened. ImportError and ValueError as of `preload`."""
+        return Path(self.options.cache_dir) / folder_name(self._url, self.options.name)
+
+    def examine(self) -> None:
+        """Raise what `prepare` would, as far as it can be seen without contacting, opening or making anything.
+
+        May be called before a fork. ImportError, ValueError, OSError.
+        """
+        options = self.options
+        examine(self._url, self._storage_options, Tuning(follow_links=options.copy_links, hidden=options.cache_dir))
+        if not self.is_shared:
+            if self._mode is not CacheMode.OFF:
+                raise not_cacheable(self.name)
+            return
+        if self._mode is not CacheMode.OFF or needs_index(capability_of(self._url), options):
+            self.examine_shared()
+        examine_claim(self.cache_place, Identity.of(self._url, self._storage_options, root_of(self._url)))
+
+    def examine_shared(self) -> None:
+        """Raise OSError where `check_shared` would because of the cache folder; as `examine`, nothing is made."""
+        try:
+            if self.is_shared:
+                examine_private_folder(self.cache_place)
+        except OSError as error:
+            raise unusable(self.cache_place, error) from error
+
     def prepare(self) -> None:
         """Find out what is wrong as far as it can be known at once: no other machine is asked.
 
         ValueError for a protocol nobody knows, ImportError for one whose package is missing, else OSError.
         """
         core = self.core
-        if core.keeps_folders or core.times.asks or core.times.keeps:
+        if needs_index(core.backend.capability, self.options):
             _ = core.index  # a cache folder that cannot be used is told now and not to the first client
         if core.backend.capability.answers_at_once:
             core.backend.check()
