@@ -27,6 +27,7 @@ from ftpvfs import paths
 from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.records import PartialRecord
 from ftpvfs.errors import failure, reason_of
+from ftpvfs.pattern import Pattern
 from ftpvfs.vfs.dircache import Listing
 from ftpvfs.vfs.handle import Handle, WritingHandle
 from ftpvfs.vfs.vfs import VFS
@@ -95,6 +96,12 @@ class Names(list[str]):
         self.listing = listing
 
 
+class FolderPath(str):
+    """A "real path" that the client wrote as only a folder's can be written (`a/`, `a/.`): a file is not called so."""
+
+    __slots__ = ()
+
+
 class VFSFilesystem(AbstractedFS):
     """A pyftpdlib filesystem over a VFS. Subclass it and set `vfs`; one instance serves one session.
 
@@ -157,7 +164,8 @@ class VFSFilesystem(AbstractedFS):
         return paths.normalize(ftppath, self.cwd)
 
     def ftp2fs(self, ftppath: str) -> str:
-        return paths.normalize(self.root + self.ftpnorm(ftppath))
+        path = paths.normalize(self.root + self.ftpnorm(ftppath))
+        return FolderPath(path) if paths.means_folder(ftppath) else path
 
     def fs2ftp(self, fspath: str) -> str:
         path = paths.normalize(fspath, self.root)
@@ -172,7 +180,8 @@ class VFSFilesystem(AbstractedFS):
         return path
 
     def _path(self, fspath: str) -> str:
-        return paths.from_ftp(fspath)
+        path = paths.from_ftp(fspath)
+        return f"{path}/" if path and isinstance(fspath, FolderPath) else path
 
     # --- opening
 
@@ -289,6 +298,10 @@ class VFSFilesystem(AbstractedFS):
     def _names(self, path: str) -> Names:
         return Names(self.vfs.timed_listing(path))
 
+    def matching(self, path: str, pattern: str) -> list[str]:
+        """Return what `listdir` gives, as far as it matches a pattern (`*.csv`)."""
+        return self._call(_matching, self.listdir(path), Pattern(pattern))
+
     @answered
     def rmdir(self, path: str) -> None:
         self._call(self.vfs.rmdir, self._path(path), changes=True)
@@ -312,7 +325,9 @@ class VFSFilesystem(AbstractedFS):
 
     @answered
     def chmod(self, path: str, mode: int) -> None:
-        raise failure(errno.EOPNOTSUPP, path, "The store keeps no access rights")
+        if path == self.root:
+            raise failure(errno.EPERM, path, "The home folder's rights are not changed")
+        self._call(self.vfs.chmod, self._path(path), mode, changes=True)
 
     @answered
     def utime(self, path: str, timeval: float) -> None:
@@ -427,7 +442,7 @@ class VFSFilesystem(AbstractedFS):
         if len(listing) > RENDERED_AT_ONCE:
             about_to_wait(Wait.DISK)  # not quite, but it takes as long
         # All files of a listing share what is not in their entries; a stat_result for each would double the time.
-        prefix, vfs = paths.join(self._path(basedir), ""), self.vfs
+        prefix, vfs = paths.join(paths.from_ftp(basedir), ""), self.vfs
         file, folder = (vfs.stat_entry("", Entry("", is_dir)) for is_dir in (False, True))
         lines = [
             line(
@@ -507,6 +522,15 @@ class VFSFilesystem(AbstractedFS):
             )
 
         return line
+
+
+def _matching(found: list[str], pattern: Pattern) -> list[str]:
+    if len(found) > RENDERED_AT_ONCE:
+        about_to_wait(Wait.DISK)  # not quite, but it takes as long
+    names = pattern.filter(found)
+    if not isinstance(found, Names) or found != found.listing.names:
+        return names
+    return Names(found.listing.only(names))
 
 
 class StockFile:

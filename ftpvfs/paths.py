@@ -12,7 +12,8 @@ import unicodedata
 
 from ftpvfs.errors import failure
 
-# What Linux file systems and most object stores bear in one name; S3 and GCS allow 1024 bytes in a whole key.
+# What Linux file systems and most object stores bear in one name; S3 and GCS allow 1024 bytes in a whole key. No longer
+# name is made; one that a store has all the same is a name like any other.
 MAX_NAME_BYTES = 255
 # A line break would forge lines in listings and replies, a NUL ends a C string half way (users.md, pyftpdlib's wire).
 FORBIDDEN = frozenset("\r\n\0")
@@ -33,6 +34,15 @@ def normalize(ftp_path: str, cwd: str = "/") -> str:
     return "/" + posixpath.normpath("/" + joined).lstrip("/")
 
 
+def means_folder(path: str) -> bool:
+    """Tell whether a path as a user writes it can only be a folder's: it ends in a slash, in `.` or in `..`.
+
+    >>> [means_folder(path) for path in ("a/", "a/.", "", "a", "a/b.")]
+    [True, True, True, False, False]
+    """
+    return path.rpartition("/")[2] in {"", ".", ".."}
+
+
 def from_ftp(ftp_path: str) -> str:
     """Return the VFS path of an absolute, normalized ftp path.
 
@@ -48,18 +58,19 @@ def to_ftp(path: str) -> str:
 
 
 def clean(path: str) -> str:
-    """Return `path`, as a Python caller may write it (`/a//b/`), in the VFS's form; raise for names no store can hold.
+    """Return `path`, as a Python caller may write it (`/a//b/`), in the VFS's form; EINVAL for line breaks and NULs.
 
-    Raises EINVAL for line breaks and NULs, ENAMETOOLONG for a name of more than 255 bytes.
+    How long a name is matters to who makes one alone (`is_too_long`).
     """
     path = from_ftp(normalize(path))
     if not FORBIDDEN.isdisjoint(path):
         raise failure(errno.EINVAL, path, "The name has a line break or NUL in it")
-    if len(path) * 4 > MAX_NAME_BYTES:  # short names need no encoding to be judged
-        for name in path.split("/"):
-            if len(encoded(name)) > MAX_NAME_BYTES:
-                raise failure(errno.ENAMETOOLONG, path, f"A name of more than {MAX_NAME_BYTES} bytes")
     return path
+
+
+def is_too_long(name: str) -> bool:
+    """Tell whether a name has more bytes than one that is made may have."""
+    return len(name) * 4 > MAX_NAME_BYTES and len(encoded(name)) > MAX_NAME_BYTES  # short ones need no encoding
 
 
 def encoded(name: str) -> bytes:

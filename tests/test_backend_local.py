@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import pwd
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -338,6 +341,48 @@ def test_sync_says_whether_commit_waits_for_the_disk(
     put(make_backend(local_store, options), "a", b"1")
 
     assert calls == (["file", "folder"] if synced else [])
+
+
+def test_rights_that_were_changed_are_on_the_disk(
+    root: Path, make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "a").write_bytes(b"x")
+    synced: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_mode & 0o777), fsync(number)))
+    make_backend(str(root)).chmod("a", 0o640)
+    assert synced == [0o640]
+    make_backend(str(root), {"sync": False}).chmod("a", 0o600)
+    assert synced == [0o640]
+    assert (root / "a").stat().st_mode & 0o7777 == 0o600
+
+
+@pytest.mark.skipif(not hasattr(os, "O_PATH"), reason="this system cannot refer to a file without opening it")
+def test_rights_of_what_its_owner_may_not_read_are_changed(make_backend: MakeBackend) -> None:
+    """Root may read everything, so as root the test is somebody else."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, nobodys(folder):
+        path = Path(folder) / "a"
+        path.write_bytes(b"x")
+        backend = make_backend(folder)
+        for mode in (0o000, 0o200, 0o000, 0o400, 0o000, 0o644):
+            backend.chmod("a", mode)
+            assert path.stat().st_mode & 0o777 == mode
+        assert path.read_bytes() == b"x"
+
+
+@contextlib.contextmanager
+def nobodys(folder: str) -> Iterator[None]:
+    """Give a folder to a user without rights and be that user, where this process may."""
+    nobody = pwd.getpwnam("nobody").pw_uid
+    if os.geteuid() != 0:
+        yield
+        return
+    os.chown(folder, nobody, -1)
+    os.seteuid(nobody)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def test_an_unknown_storage_option_is_refused(make_backend: MakeBackend, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Clients that people have: lftp, curl, ncftp and rclone against `python -m ftpvfs`; bytes compared at the store."""
+"""Clients that people have (lftp, curl, ncftp, tnftp, inetutils' ftp, rclone) against `python -m ftpvfs`.
+
+Bytes are compared at the store.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ TREE = {
 
 needs = {
     name: pytest.mark.skipif(shutil.which(name) is None, reason=f"{name} is not installed")
-    for name in ("lftp", "curl", "ncftpput", "ncftpget")
+    for name in ("lftp", "curl", "ncftpput", "ncftpget", "tnftp", "inetutils-ftp")
 }
 
 
@@ -104,6 +107,20 @@ def test_lftp_renames_deletes_and_gets_several(store: Store, server: Launched, t
 
 
 @needs["lftp"]
+def test_lftp_mirrors_access_rights_to_a_local_folder(
+    local_store: Store, launched: Callable[..., Launched], source: Path
+) -> None:
+    for number, mode in enumerate((0o600, 0o755, 0o440)):
+        (source / f"file {number}").touch(mode)
+        (source / f"file {number}").chmod(mode)
+    (source / "folder").chmod(0o750)
+    lftp(launched(local_store.url), f"mirror -R {source} up")
+    for number, mode in enumerate((0o600, 0o755, 0o440)):
+        assert os.stat(local_store.path(f"up/file {number}")).st_mode & 0o777 == mode
+    assert os.stat(local_store.path("up/folder")).st_mode & 0o777 == 0o750
+
+
+@needs["lftp"]
 def test_lftp_resumes_a_download(store: Store, server: Launched, tmp_path: Path) -> None:
     data = TREE["folder/deeper/large.bin"]
     store.write("large", data)
@@ -161,6 +178,34 @@ def test_ncftp_puts_and_gets_trees(store: Store, server: Launched, source: Path,
     (tmp_path / "down").mkdir()
     run("ncftpget", "-R", "-T", "-P", str(port), host, tmp_path / "down", "/up/source")
     assert tree_in(tmp_path / "down" / "source") == TREE
+
+
+# --- the classic ftp
+
+
+def classic(program: str, server: Launched, folder: Path, *commands: str) -> str:
+    """Run a script of the classic client, with `folder` as its own."""
+    host, port = server.address
+    script = "\n".join([f"open {host} {port}", "user anonymous guest", "binary", *commands, "bye", ""])
+    quiet = ["-n", "-i", "-v"]  # no automatic login, no questions
+    return run(program, *quiet, input=script, cwd=folder)
+
+
+@pytest.mark.parametrize("program", [pytest.param(name, marks=needs[name]) for name in ("tnftp", "inetutils-ftp")])
+def test_the_classic_ftp_gets_and_deletes_what_a_pattern_matches(
+    store: Store, server: Launched, tmp_path: Path, program: str
+) -> None:
+    contents = {"in/a.csv": b"1", "in/b c.csv": b"22", "in/d.txt": b"3", "top.csv": b"4"}
+    for name, data in contents.items():
+        store.write(name, data)
+    got = tmp_path / "got"
+    (got / "in").mkdir(parents=True)
+    classic(program, server, got, "mget in/*.csv", "mget *.csv")
+    assert tree_in(got) == {name: data for name, data in contents.items() if name.endswith(".csv")}
+    said = classic(program, server, got, "nlist in", "nlist in/*.txt")
+    assert "in/d.txt" in said.splitlines()
+    classic(program, server, got, "mdelete in/*.csv")
+    assert store.list() == {"in/d.txt", "top.csv"}
 
 
 # --- rclone

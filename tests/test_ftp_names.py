@@ -79,7 +79,7 @@ def test_folders_with_odd_names(store: Store, ftp: ftplib.FTP) -> None:
         assert upload(ftp, "inside", CONTENT).startswith("226 ")
         assert store.read(f"{name}/inside") == CONTENT
         assert names(ftp, f"/{name}") == {"inside"}
-        assert ftp.nlst(f"/{name}") == ["inside"]
+        assert ftp.nlst(f"/{name}") == [f"/{name}/inside"]
         assert reply(ftp, "DELE inside").startswith("250 ")
         assert reply(ftp, "CWD /").startswith("250 ")
         assert reply(ftp, f"RMD /{name}").startswith("250 ")
@@ -113,12 +113,12 @@ def test_names_that_cannot_be_are_refused_in_one_line(store: Store, ftp: ftplib.
 
 def test_the_tail_of_a_command_that_is_too_long_is_no_command(store: Store, ftp: ftplib.FTP) -> None:
     store.write("a", CONTENT)
-    for length in (2100, 70_000):
+    for length in (5000, 70_000):
         for tail in ("DELE a", "\nDELE a"):
             assert reply(ftp, f"STOR {'x' * length}{tail}").startswith("500 ")
     assert ftp.sock is not None
-    ftp.sock.sendall(b"STOR " + b"x" * 2040)
-    ftp.sock.sendall(b"x" * 2040)
+    ftp.sock.sendall(b"STOR " + b"x" * 4000)
+    ftp.sock.sendall(b"x" * 4000)
     assert reply(ftp, "DELE a").startswith("500 ")
     assert reply(ftp, "NOOP").startswith("200 ")
     assert store.read("a") == CONTENT
@@ -285,7 +285,7 @@ def test_hostile_keys_do_not_break_or_forge_a_listing(store: Store, ftp: ftplib.
         with contextlib.suppress(Exception):  # some a store, or its own client, does not take either
             store.write(key, CONTENT)
     for folder in ("/", "/folder"):
-        shown = ftp.nlst(folder)
+        shown = [name.removeprefix(folder).removeprefix("/") for name in ftp.nlst(folder)]
         assert "good" in shown
         assert set(shown) <= {"good", "folder", "a", "x", " ", "-", "line", "nul", "empty"}, shown
         for command, form in (("LIST", LIST_LINE), ("MLSD", MLSD_LINE)):

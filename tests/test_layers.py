@@ -14,7 +14,8 @@ PACKAGE = "ftpvfs"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 # From the bottom up. A module imports from lower rows and from its own package; leaves import only leaves.
-LEAVES = {"errors", "clock", "paths", "metrics", "config", "memory", "waiting", "coordination", "logs"}
+LEAVES = {"errors", "clock", "paths", "metrics", "config", "memory", "waiting", "coordination", "logs",
+          "pattern"}
 LAYERS = [
     {"backend"},
     {"cache"},
@@ -60,7 +61,7 @@ HOMES: dict[str, set[str]] = {
 }
 
 # Modules of tables and arithmetic: no lock, no clock, no disk, no network.
-PURE = {"paths", "vfs.openmode", "cache.state", "cache.ranges", "cache.eviction"}
+PURE = {"paths", "pattern", "vfs.openmode", "cache.state", "cache.ranges", "cache.eviction"}
 IMPURE = {"threading", "time", "socket", "subprocess", "shutil", "tempfile", "asyncio"}
 
 

@@ -111,12 +111,20 @@ def test_names_that_would_forge_a_line_are_refused(bad: str) -> None:
         ("🙂" * 64, False),
     ],
 )
-def test_names_of_255_bytes_are_the_longest(name: str, is_good: bool) -> None:
-    if is_good:
-        assert paths.clean(f"a/{name}/b") == f"a/{name}/b"
-        return
-    with pytest.raises(OSError, check=lambda error: error.errno == errno.ENAMETOOLONG):
-        paths.clean(f"a/{name}/b")
+def test_no_name_of_more_than_255_bytes_is_made(name: str, is_good: bool) -> None:
+    assert paths.clean(f"a/{name}") == f"a/{name}"  # what a store has is found all the same
+    assert paths.is_too_long(name) != is_good
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("a/", True), ("a//", True), ("a/.", True), ("a/..", True), (".", True),
+        ("a", False), ("a.", False), ("a/.b", False),
+    ],
+)
+def test_what_can_only_be_a_folder(path: str, expected: bool) -> None:
+    assert paths.means_folder(path) == expected
 
 
 def test_long_paths_of_short_names_are_good() -> None:

@@ -206,6 +206,36 @@ def test_opening_what_cannot_be_opened(store: Store, vfs: VFS) -> None:
     assert store.list() == {"a.txt", "d/b.txt"}
 
 
+def test_a_slash_at_the_end_means_a_folder(store: Store, vfs: VFS) -> None:
+    store.write("a", b"x")
+    store.write("d/b", b"x")
+    for name in ("a/", "a/."):
+        assert not vfs.exists(name)
+        assert not vfs.isfile(name)
+        for call in (vfs.stat, vfs.lookup, vfs.open, vfs.remove, vfs.utime, vfs.listdir):
+            with pytest.raises(NotADirectoryError):
+                call(name)
+        with pytest.raises(NotADirectoryError):
+            vfs.truncate(name, 0)
+        with pytest.raises(NotADirectoryError):
+            vfs.rename(name, "b")
+        with pytest.raises(NotADirectoryError):
+            vfs.rename("a", "b/")
+    for mode in ("wb", "ab", "xb", os.O_WRONLY | os.O_CREAT):
+        with pytest.raises(IsADirectoryError):
+            vfs.open("new/", mode)
+    with pytest.raises(FileNotFoundError):
+        vfs.open("new/")
+    with pytest.raises(IsADirectoryError):
+        vfs.remove("d/")
+    assert vfs.isdir("d/")
+    assert vfs.listdir("d/") == ["b"]
+    vfs.mkdir("e/")
+    vfs.rename("e/", "f/")
+    vfs.rmdir("f/")
+    assert store.list() == {"a", "d/b"}
+
+
 def test_a_new_file_may_be_opened_in_every_writing_mode(store: Store, vfs: VFS) -> None:
     for number, mode in enumerate(["wb", "ab", "xb", "w+b", os.O_WRONLY | os.O_CREAT]):
         with vfs.open(f"new {number}", mode) as handle:

@@ -397,6 +397,10 @@ class Backend(ABC):
         """Set the modification time; return the entry as it is now, its fingerprint included."""
         raise self.unsupported(path, "setting modification times")
 
+    def chmod(self, path: str, mode: int) -> None:
+        """Set who may read, write and execute (`mode`, nine bits), for good on return; where `capability.sets_mode`."""
+        raise self.unsupported(path, "changing access rights")
+
     def true_mtimes(self, folder: str, entries: Iterable[Entry]) -> None:
         """Fill in the `mtime` of entries of `folder` that lack it, several requests at a time."""
 

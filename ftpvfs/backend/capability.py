@@ -30,6 +30,8 @@ class Capability:
     # Bytes of the largest object, and of the largest whose size is not known when its upload begins; None: no limit.
     largest: int | None = None
     largest_streamed: int | None = None
+    # True: `chmod` changes the access rights of files and folders.
+    sets_mode: bool = False
 
 
 READ_ONLY = Capability(writes=False)

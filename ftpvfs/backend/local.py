@@ -61,7 +61,8 @@ class LocalBackend(Backend):
 
     protocols: ClassVar[tuple[str, ...]] = ("file", "local")
     capability = Capability(
-        renames_files=True, renames_directories=True, sets_mtime=True, opens_files=True, answers_at_once=True
+        renames_files=True, renames_directories=True, sets_mtime=True, opens_files=True, answers_at_once=True,
+        sets_mode=True,
     )
 
     @classmethod
@@ -282,6 +283,37 @@ class LocalBackend(Backend):
             with contextlib.suppress(PermissionError):  # the owner may set the time of a file that he may not read
                 self._sync(name, os.O_NONBLOCK | (0 if self.tuning.follow_links else os.O_NOFOLLOW))
         return self.stat(path)
+
+    def chmod(self, path: str, mode: int) -> None:
+        """Set the nine bits of a file or folder. A folder keeps its setgid and sticky bits, as with chmod(1)."""
+        with self._renamed(path):
+            descriptor = self._opened(self.locate(path))
+            try:
+                info = os.fstat(descriptor)
+                if not (stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode)):
+                    raise failure(errno.ENOENT, path, "Neither a file nor a folder")
+                kept = info.st_mode & (stat.S_ISGID | stat.S_ISVTX) if stat.S_ISDIR(info.st_mode) else 0
+                os.fchmod(descriptor, mode | kept)
+                if self.sync:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _opened(self, name: str) -> int:
+        """Return a descriptor for a file or folder, also for what this process owns and may not read."""
+        flags = os.O_CLOEXEC | (0 if self.tuning.follow_links else os.O_NOFOLLOW)
+        try:
+            return os.open(name, flags | os.O_RDONLY | os.O_NONBLOCK)
+        except PermissionError:
+            if not hasattr(os, "O_PATH"):  # macOS
+                raise
+        unread = os.open(name, flags | os.O_PATH)
+        try:
+            itself = f"/proc/self/fd/{unread}"
+            os.chmod(itself, stat.S_IMODE(os.fstat(unread).st_mode) | stat.S_IRUSR)
+            return os.open(itself, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            os.close(unread)
 
     def usage(self) -> Usage:
         with self._renamed(""):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 import select
 import socket
 from collections.abc import Callable, Hashable
@@ -22,8 +23,11 @@ from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
 
 T = TypeVar("T")
 
-# A name has 255 bytes at most, an S3 key 1024; pyftpdlib's limit.
-LONGEST_COMMAND = 2048
+# A path of Linux has 4095 bytes at most, an S3 or GCS key 1024; the rest is for the verb, and a time before the name.
+LONGEST_COMMAND = 4096 + 64
+# Telnet's signals and options (RFC 854), which old clients send before ABOR and some as soon as they connect. Behind
+# the verb they are left alone: a name that is not UTF-8 may have such bytes in it.
+TELNET = re.compile(rb"(?:\xff(?:[\xfb-\xfe][^\r\n]|[\xf0-\xfa\xff])?)+")
 # Commands that one client may have run before others get their turn.
 COMMANDS_A_TURN = 16
 # Replies that a client has not taken, before no more of its commands are run.
@@ -59,6 +63,8 @@ class Commands(FTPHandler):
     _is_clogged = False
     # The present command is longer than any may be, and dropped to its end: its tail must not run as another.
     _is_overlong = False
+    # Whether the client ends its lines with LF alone, as its first one tells; None before that.
+    _ends_with_lf: bool | None = None
     # The client has ended its side of the connection: what it has said in full is run, and more will not come.
     _has_ended = False
     # ... and takes no replies any more.
@@ -195,25 +201,42 @@ class Commands(FTPHandler):
         return self._closed or self._closing or self._quit_pending
 
     def _next_line(self) -> bytes | None:
-        """Return the next command, b"" for one that is too long; None when none is complete."""
-        line, end, rest = self.ac_in_buffer.partition(b"\r\n")
-        if not end:
-            if len(line) > LONGEST_COMMAND:
+        """Return the next command, None when none is complete; one that is too long is answered here."""
+        end = self._end_of_line()
+        if end < 0:
+            if len(self.ac_in_buffer) > LONGEST_COMMAND:
                 self._is_overlong = True
-                self.ac_in_buffer = b"\r" if line.endswith(b"\r") else b""
+                self.ac_in_buffer = b"\r" if self.ac_in_buffer.endswith(b"\r") else b""
             return None
-        self.ac_in_buffer = rest
+        line, self.ac_in_buffer = self.ac_in_buffer[:end].removesuffix(b"\r"), self.ac_in_buffer[end + 1 :]
         if self._is_overlong or len(line) > LONGEST_COMMAND:
             self._is_overlong = False
             self.respond_w_warning("500 Command too long.")
             return self._next_line()
         return line
 
+    def _end_of_line(self) -> int:
+        """Return where the LF is that ends the next line, -1 where none has come.
+
+        A client that ends its lines with CR LF (RFC 959, section 5.3) may have an LF of its own before that, in a name:
+        the line is refused as a whole, and what is behind the LF is no other command.
+        """
+        lf = self.ac_in_buffer.find(b"\n")
+        if lf < 0:
+            return lf
+        is_bare = self.ac_in_buffer[max(lf - 1, 0) : lf] != b"\r"
+        if self._ends_with_lf is None:
+            self._ends_with_lf = is_bare
+        crlf = self.ac_in_buffer.find(b"\r\n", lf) if is_bare and not self._ends_with_lf else -1
+        return lf if crlf < 0 else crlf + 1
+
     # --- running
 
     def _run_line(self, line: bytes) -> None:
         if self._idler is not None and not self._idler.cancelled:
             self._idler.reset()
+        if line.startswith(b"\xff"):
+            line = TELNET.sub(b"", line, count=1)
         text = self.decode(line)
         offload = self._offload
         if offload is None:
@@ -399,5 +422,5 @@ def asks_to_quit(waiting: bytes) -> bool:
 def asks_to_abort(waiting: bytes) -> bool:
     """Tell whether an ABOR is among the commands; Telnet's signals may stand before it, as pyftpdlib knows."""
     return b"ABOR" in waiting.upper() and any(
-        line.endswith(b"ABOR") and b" " not in line for line in waiting.upper().split(b"\r\n")
+        line.endswith(b"ABOR") and b" " not in line for line in waiting.upper().splitlines()
     )

@@ -11,6 +11,7 @@ import errno
 import ipaddress
 import random
 import socket
+from concurrent.futures import Future
 from functools import lru_cache, partial
 from typing import Any
 
@@ -145,6 +146,11 @@ class VFSPassiveDTP(PassiveDTP):
 class VFSActiveDTP(ActiveDTP):
     """Connects to a client of a `VFSHandler`. Runs on the session's event loop."""
 
+    def __init__(self, ip: str, port: int, cmd_channel: Any) -> None:
+        # Done when PORT has its reply.
+        self.answered: Future[None] = Future()
+        super().__init__(ip, port, cmd_channel)
+
     def initiate_send(self) -> None:
         """Send nothing; asyncore asks, once the connection stands, for what is no longer this object's."""
 
@@ -175,10 +181,19 @@ class VFSActiveDTP(ActiveDTP):
         """Answer PORT, and the transfer that waits behind it, that there is no connection."""
         if self._closed:
             return
-        self.close()
         if self.cmd_channel.connected:
             self._answer(425, "Can't connect to specified address.")
+        self.close()
+        if self.cmd_channel.connected:
             self.cmd_channel.no_data_connection("There is no data connection")
+
+    def close(self) -> None:
+        """Connect no more; PORT is owed a reply, also where another PORT or PASV is the reason."""
+        if self._closed:
+            return
+        super().close()
+        if not self.answered.done() and self.cmd_channel.connected:
+            self._answer(425, "The data connection was given up.")
 
     def _stop_waiting(self) -> None:
         if self._idler is not None and not self._idler.cancelled:
@@ -187,6 +202,7 @@ class VFSActiveDTP(ActiveDTP):
     def _answer(self, code: int, text: str) -> None:
         self.cmd_channel.respond(f"{code} {text}")
         self.cmd_channel.log_cmd(self._cmd, self._normalized_addr, code, text)
+        self.answered.set_result(None)
 
 
 @lru_cache(maxsize=4096)

@@ -7,8 +7,6 @@ can make a second line of it.
 from __future__ import annotations
 
 import errno
-import fnmatch
-import glob
 import logging
 import posixpath
 import re
@@ -22,10 +20,12 @@ from pyftpdlib.log import logger as session_logger
 
 from ftpvfs import paths
 from ftpvfs.errors import reason_of
+from ftpvfs.pattern import is_pattern
 from ftpvfs.server.dispatch import VFSActiveDTP, VFSPassiveDTP, plain_address
 from ftpvfs.server.limits import Limited
 from ftpvfs.server.login import Login
 from ftpvfs.server.offload import Abandoned, current_task
+from ftpvfs.server.parameters import Parameters
 from ftpvfs.server.public_address import PublicAddress
 from ftpvfs.server.refusals import is_refusal, log_failed_transfer, log_refused_command
 from ftpvfs.server.throttle import Rates
@@ -47,6 +47,8 @@ TRY_AGAIN = {
     errno.ECONNRESET,
 }
 BAD_NAME = {errno.EINVAL, errno.ENAMETOOLONG, errno.EISDIR}
+# What gives something a name, which may be one that is not allowed (553).
+NAMING = {"STOR", "STOU", "APPE", "RNTO", "MKD", "XMKD"}
 TRANSFERS = {"RETR", "STOR", "STOU", "APPE", "LIST", "NLST", "MLSD"}
 # `LIST -la folder`: what ls knows and clients send. A folder that is called so is listed as `./-la`.
 LS_OPTIONS = re.compile(r"-[aAlLFRrStdhn1]+(?: |$)")
@@ -67,16 +69,16 @@ BEFORE_THE_OUTCOME = {"NOOP", "STAT", "QUIT", "PWD", "XPWD", "FEAT", "SYST", "HE
 AFTER_GIVING_UP = {"SIZE", "MLST", "STOR", "APPE", "DELE", "RNFR", "RNTO", "RMD"}
 
 
-def reply_code(error: OSError) -> int:
+def reply_code(error: OSError, cmd: str) -> int:
     """Return the reply code for a command that failed."""
     if error.errno in NO_SPACE:
         return NO_SPACE[error.errno]
     if error.errno in TRY_AGAIN:
         return 450
-    return 553 if error.errno in BAD_NAME else 550
+    return 553 if error.errno in BAD_NAME and cmd in NAMING else 550
 
 
-class VFSHandler(Limited, PublicAddress, Login):
+class VFSHandler(Limited, PublicAddress, Parameters, Login):
     """A session over a `VFSFilesystem`; set `abstracted_fs` and `authorizer` on a subclass. Runs on its event loop."""
 
     # pyftpdlib's own.
@@ -101,8 +103,10 @@ class VFSHandler(Limited, PublicAddress, Login):
     rates: Rates | None = None
     # What the filesystem said about the command that runs; it decides the code of a 550.
     failure: OSError | None = None
-    # Bytes that ALLO has announced.
-    _allocated = 0
+    # The command that runs, and what the client has written behind it, options of ls aside.
+    _verb = _argument = ""
+    # The type of the last transfer that was asked for, which may still wait for its data connection.
+    _asked_type = ""
     # Whether a 1xx was sent whose transfer has not had its final reply: exactly one is due, whatever fails.
     _owes_reply = False
     # Done when the last broken upload is put away, which may take longer than its answer.
@@ -118,7 +122,7 @@ class VFSHandler(Limited, PublicAddress, Login):
         if resp.startswith("1"):
             self._owes_reply = True
         if self.failure is not None and resp[:4] in {"550 ", "450 "}:
-            resp = f"{reply_code(self.failure)} {resp[4:]}"
+            resp = f"{reply_code(self.failure, self._verb)} {resp[4:]}"
         if is_refusal(resp) and log_refused_command(self, *self._running, resp):
             logfun = session_logger.debug  # it is logged
         super().respond(resp, logfun)
@@ -165,14 +169,14 @@ class VFSHandler(Limited, PublicAddress, Login):
         super().log_transfer(cmd, filename, receive, completed, elapsed, bytes)
 
     def log(self, msg: str, logfun: Any = session_logger.info) -> None:
-        """Log for the session; a name that is not UTF-8 is written with escapes."""
+        """Log for the session; a name that is not UTF-8, of a file or of the user, is written with escapes."""
         if session_logger.isEnabledFor(LEVELS.get(logfun.__name__, logging.CRITICAL)):
-            super().log(_loggable(msg), logfun)
+            super().log(msg, lambda line: logfun(_loggable(line)))
 
     def logline(self, msg: str, logfun: Any = session_logger.debug) -> None:
         """Log a command or reply; no password, be it in a command that is none."""
         if self._log_debug:
-            super().logline(_loggable(PASSWORD.sub(r"\1 ******", msg)), logfun)
+            super().logline(PASSWORD.sub(r"\1 ******", msg), lambda line: logfun(_loggable(line)))
 
     # --- commands
 
@@ -212,15 +216,17 @@ class VFSHandler(Limited, PublicAddress, Login):
             self._await_outcome(cmd)
         if cmd in AFTER_GIVING_UP:
             self._await_giving_up()
-        if cmd in TRANSFERS and self.authenticated and not self._may_transfer():
+        lacks_argument = not arg and cmd in TRANSFERS and self.proto_cmds[cmd]["arg"]
+        if cmd in TRANSFERS and self.authenticated and not lacks_argument and not self._may_begin(cmd):
             return
         if cmd in {"LIST", "NLST", "STAT"}:
             while match := LS_OPTIONS.match(arg):
                 arg = arg[match.end() :].lstrip(" ")
         elif self._sets_time(cmd, arg):
             cmd, arg = "MFMT", TIME_AND_NAME.sub(r"\1 \2", arg)
-        if cmd == "STAT" and self.authenticated and glob.has_magic(arg):
-            self._stat_literally(arg)
+        self._verb, self._argument = cmd, arg
+        if cmd == "STAT" and self.authenticated and is_pattern(arg):
+            self._stat_pattern(arg)
             return
         super().pre_process_command(f"{cmd} {arg}" if arg else cmd, cmd, arg)
 
@@ -253,8 +259,21 @@ class VFSHandler(Limited, PublicAddress, Login):
         return cmd == "MFMT" or (self.authenticated and not self.fs.lexists(self.fs.ftp2fs(arg)))
 
     def _make_eport(self, ip: str, port: int) -> None:
-        """Connect to the client; its address may be written in any of an address's forms."""
+        """Connect to the client, whose address may be written in any form; what was pipelined waits for the reply."""
         super()._make_eport(plain_address(ip), port)
+        task, connector = current_task(), self._dtp_connector
+        if task is not None and isinstance(connector, VFSActiveDTP) and not connector.answered.done():
+            task.wait(connector.answered)
+
+    def _may_begin(self, cmd: str) -> bool:
+        """Tell whether a transfer may begin; one that does has the type of this moment, whatever TYPE says later."""
+        if not self._may_transfer():
+            return False
+        if self._restart_position and self._current_type == "a" and cmd in {"RETR", "STOR"}:
+            self.respond("554 REST counts the bytes of a binary transfer (TYPE I).")
+            return False
+        self._asked_type = self._current_type
+        return True
 
     def _may_transfer(self) -> bool:
         """Tell whether a transfer may begin, after a word to the client where not."""
@@ -345,11 +364,14 @@ class VFSHandler(Limited, PublicAddress, Login):
             self.respond("225 ABOR command successful; data channel closed.")
 
     def _on_dtp_connection(self) -> None:
+        now, self._current_type = self._current_type, self._asked_type or self._current_type
         try:
             super()._on_dtp_connection()
         except Exception:  # noqa: BLE001 - logged with its traceback; the transfer that waited is answered
             self.log_exception(self)
             self._fail_transfer()
+        finally:
+            self._current_type = now
 
     def _on_dtp_close(self) -> None:
         if self._closed:  # pyftpdlib would begin to time a session that is no more
@@ -389,6 +411,16 @@ class VFSHandler(Limited, PublicAddress, Login):
         self.respond(f'250 "{cwd}" is the current directory.')
         return path
 
+    def ftp_MLST(self, path: str) -> Any:
+        """Tell of one file or folder; pyftpdlib does not see what the slash behind a name means."""
+        try:
+            if paths.means_folder(self._argument):
+                self.fs.lstat(path)
+        except FilesystemError as error:
+            self.respond(f"550 {error}.")
+            return None
+        return super().ftp_MLST(path)
+
     def ftp_MLSD(self, path: str) -> Any:
         """List a folder; a missing one is 550, as clients expect (RFC 3659 asks 501 for what is no folder)."""
         if not self.fs.isdir(path):
@@ -398,23 +430,30 @@ class VFSHandler(Limited, PublicAddress, Login):
 
     def ftp_LIST(self, path: str) -> Any:
         """List a folder, a file, or what a pattern matches."""
-        names = self._matches(path)
-        if names is None:
+        lines = self._matching_lines(path)
+        if lines is None:
             return super().ftp_LIST(path)
-        try:
-            lines = self.fs.format_list(posixpath.dirname(path), names)
-        except FilesystemError as error:
-            self.respond(f"550 {error}.")
-            return None
-        self.push_dtp_data(BufferedIteratorProducer(lines), isproducer=True, cmd="LIST")
+        self.push_dtp_data(lines, isproducer=True, cmd="LIST")
         return path
 
     def ftp_NLST(self, path: str) -> Any:
-        """List the names in a folder, a file's, or those that a pattern matches."""
-        names = self._matches(path)
-        if names is None:
-            return super().ftp_NLST(path)
-        text = "".join(f"{name}\r\n" for name in names)
+        """List names as a client can use them in its next command (RFC 1123, section 4.1.2.7).
+
+        Behind the folder that it has asked for, as vsftpd does: `mget in/*.csv` fetches what this tells.
+        """
+        argument, names = self._argument, self._matches(path)
+        folder = argument[: argument.rfind("/") + 1]
+        try:
+            if names is None and self.fs.isdir(path):
+                names = sorted(self.run_as_current_user(self.fs.listdir, path))
+                folder = "" if argument in {"", "."} else f"{argument.removesuffix('/')}/"
+            elif names is None:
+                self.fs.lstat(path)
+                names = [argument[len(folder) :]]
+        except FilesystemError as error:
+            self.respond(f"550 {error}.")
+            return None
+        text = "".join(f"{folder}{name}\r\n" for name in names)
         self.push_dtp_data(text.encode(self.encoding, self.unicode_errors), cmd="NLST")
         return path
 
@@ -424,16 +463,33 @@ class VFSHandler(Limited, PublicAddress, Login):
         So is what exists under that very name, and the pattern in a folder that cannot be listed: pyftpdlib says why.
         """
         folder, pattern = posixpath.split(path)
-        if not glob.has_magic(pattern) or self.fs.lexists(path):
+        if not is_pattern(pattern) or self.fs.lexists(path):
             return None
         try:
-            names = self.run_as_current_user(self.fs.listdir, folder)
+            names: list[str] = self.run_as_current_user(self.fs.matching, folder, pattern)
         except FilesystemError:
             return None
-        return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        return names
 
-    def _stat_literally(self, arg: str) -> None:
-        """Answer STAT for a name with brackets or stars in it, which pyftpdlib refuses as a pattern."""
+    def _matching_lines(self, path: str) -> Any:
+        """Return the lines of LIST for the names that a pattern matches, None where it is to be taken literally."""
+        names = self._matches(path)
+        if names is None:
+            return None
+        return BufferedIteratorProducer(self.fs.format_list(posixpath.dirname(path), names))
+
+    def ftp_STAT(self, path: str) -> Any:
+        """Tell of the session, or of a folder, a file or what a pattern matches."""
+        lines = self._matching_lines(path)
+        if lines is None:
+            return super().ftp_STAT(path)
+        self.push(f'213-Status of "{self.fs.fs2ftp(path)}":\r\n')
+        self.push_with_producer(lines)
+        self.respond("213 End of status.")
+        return path
+
+    def _stat_pattern(self, arg: str) -> None:
+        """Answer STAT for a pattern or a name that looks like one, which pyftpdlib refuses."""
         self.logline(f"<- STAT {arg}")
         path = self.fs.ftp2fs(arg)
         if self.authorizer.has_perm(self.username, "l", path):
@@ -442,12 +498,6 @@ class VFSHandler(Limited, PublicAddress, Login):
             self.respond("550 Not enough privileges.")
 
     # --- uploads
-
-    def ftp_ALLO(self, line: str) -> None:
-        """Note how long the next file will be (RFC 959, section 4.1.3), so that its space is taken before it comes."""
-        size = line.split(" ", 1)[0]
-        self._allocated = int(size) if size.isascii() and size.isdigit() else 0
-        self.respond("202 No storage allocation necessary.")
 
     def ftp_STOR(self, file: str, mode: str = "w") -> str | None:
         """Store a file; after REST go on with the file that is there, or with what a broken upload has left."""
@@ -469,28 +519,46 @@ class VFSHandler(Limited, PublicAddress, Login):
             raise
         except OSError as error:
             opened.close()
-            self.respond(f"{554 if error.errno == errno.EINVAL else reply_code(error)} {reason_of(error)}.")
+            self.respond(f"{554 if error.errno == errno.EINVAL else reply_code(error, cmd)} {reason_of(error)}.")
             return None
         self._receive(opened, cmd)
         return file
 
-    def _receive(self, opened: Any, cmd: str) -> None:
+    def _receive(self, opened: Any, cmd: str, told: str = "") -> None:
         """Take the data connection's bytes for a file, once there is one."""
         if self.data_channel is None:
-            self.respond("150 File status okay. About to open data connection.")
+            self.respond(f"150 {told or 'File status okay. About to open data connection.'}")
             self._in_dtp_queue = (opened, cmd)
         else:
-            self.respond("125 Data connection already open. Transfer starting.")
+            self.respond(f"125 {told or 'Data connection already open. Transfer starting.'}")
             self.data_channel.file_obj = opened
             self.data_channel.enable_receiving(self._current_type, cmd)
 
-    def ftp_STOU(self, line: str) -> Any:
-        """Store under a new name; who may not write there is told so before anything is made."""
+    def ftp_STOU(self, line: str) -> str | None:
+        """Store under a new name, which the reply tells as the client can use it (RFC 1123, section 4.1.2.9)."""
         target = self.fs.ftp2fs(line) if line else posixpath.join(self.fs.ftp2fs(self.fs.cwd), "ftpd")
-        if not self.authorizer.has_perm(self.username, "w", target):
+        if self._restart_position:
+            self.respond("503 REST goes with RETR and STOR alone.")
+        elif not self.authorizer.has_perm(self.username, "w", target):
             self.respond("550 Not enough privileges.")
+        elif paths.means_folder(line) and line:
+            self.respond("553 A name that ends in a slash is a folder's.")
+        else:
+            return self._store_uniquely(target, line[: line.rfind("/") + 1])
+        return None
+
+    def _store_uniquely(self, target: str, folder: str) -> str | None:
+        """Store under a name that begins as the target's; `folder` is how the client writes the folder of it."""
+        self._allocated = 0
+        parent, prefix = posixpath.split(target)
+        try:
+            opened = self.run_as_current_user(self.fs.mkstemp, prefix=f"{prefix}.", dir=parent)
+        except FilesystemError as error:
+            self.respond(f"450 {error}.")
             return None
-        return super().ftp_STOU(line)
+        name: str = posixpath.basename(opened.name)
+        self._receive(opened, "STOU", f"FILE: {folder}{name}")
+        return name
 
 
 class TLS_VFSHandler(VFSHandler, TLSControl):

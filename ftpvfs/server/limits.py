@@ -33,7 +33,7 @@ MOMENT = 0.001
 LONGEST_MOMENT = 0.01
 BACKLOG = 1024  # connections that wait to be accepted; the system has a limit of its own
 # Bytes of commands that may wait before a client has logged in; more than one command's, or it could never end.
-MOST_PIPELINED = 4096
+MOST_PIPELINED = 5120
 # Commands that a client may send before it has logged in: FEAT, AUTH, and some tries.
 MOST_COMMANDS = 100
 

@@ -123,6 +123,10 @@ class VFSDTPHandler(DTPHandler):
         """Whether a command has said what the connection is for; from then on it owes the client one reply."""
         return bool(self._initialized)
 
+    def transfer_in_progress(self) -> bool:
+        """Tell pyftpdlib whether REIN and USER are to let a transfer finish (RFC 959), also before its first byte."""
+        return self.is_busy
+
     @property
     def _offload(self) -> Offload | None:
         """What keeps this loop from waiting; None on a loop that may."""

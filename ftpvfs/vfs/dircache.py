@@ -83,6 +83,12 @@ class Listing:
             entry = self.entries.get(self._folded.get(fold(name), ""))
         return entry
 
+    def only(self, names: Iterable[str]) -> Listing:
+        """Return the listing of some of the entries."""
+        part = Listing({name: self.entries[name] for name in names})
+        part.timed = self.timed
+        return part
+
     def __len__(self) -> int:
         return len(self.entries)
 

@@ -204,8 +204,14 @@ class VFS:
     # --- looking
 
     def lookup(self, path: str) -> Entry:
-        """Return what is at the path. Raises ENOENT, and ENOTDIR below a file."""
-        return self._lookup(self._real(path))
+        """Return what is at the path. Raises ENOENT; ENOTDIR below a file, and for a file with a slash behind it."""
+        return self._as_named(path, self._lookup(self._real(path)))
+
+    def _as_named(self, path: str, entry: Entry) -> Entry:
+        """Return the entry; ENOTDIR for a file whose `path`, as the caller wrote it, can only be a folder's."""
+        if not entry.is_dir and paths.means_folder(path):
+            raise failure(errno.ENOTDIR, path)
+        return entry
 
     def _lookup(self, path: str) -> Entry:
         try:
@@ -220,13 +226,15 @@ class VFS:
         """
         for above in [path, *paths.ancestors(path)] if listed else paths.ancestors(path):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                return failure(errno.ENOENT if self.core.dirs.lookup(above).is_dir else errno.ENOTDIR, path)
-        return failure(errno.ENOENT, path)
+                if not self.core.dirs.lookup(above).is_dir:
+                    return failure(errno.ENOTDIR, path)
+                break
+        return self._too_long(path) or failure(errno.ENOENT, path)
 
     def stat(self, path: str) -> os.stat_result:
         """Return the status of a file or folder, its true modification time included."""
-        path = self._real(path)
-        entry = self._lookup(path)
+        named, path = path, self._real(path)
+        entry = self._as_named(named, self._lookup(path))
         self.core.times.fill(paths.split(path)[0], entry)
         return self.stat_entry(path, entry)
 
@@ -353,11 +361,14 @@ class VFS:
         it be interrupted; `partial` goes on with such a one.
         """
         flags = flags_of(mode)
+        named = path
         path, entry, is_known = self._before_open(path, flags, partial)
         is_made = entry is None and bool(flags & os.O_CREAT)
         is_written = is_made or (writes(flags) and flags & os.O_ACCMODE != os.O_RDONLY)
-        if entry is not None and entry.is_dir:
+        if entry is not None and self._as_named(named, entry).is_dir:
             raise failure(errno.EISDIR, path)
+        if is_made and paths.means_folder(named):
+            raise failure(errno.EISDIR, path, "A name that ends in a slash is a folder's")
         if is_written:
             self._check_writable(path)
         kind = handle_kind(
@@ -427,7 +438,7 @@ class VFS:
     def partial(self, path: str, user: str = "") -> PartialRecord | None:
         """Return what came of an interrupted upload of the user's to the path, to go on with (`open(partial=...)`)."""
         parts = self.core.parts
-        if parts is None or self._mode is CacheMode.OFF:
+        if parts is None or self._mode is CacheMode.OFF or paths.means_folder(path):
             return None
         return parts.cache.partial(self._real(path), user)
 
@@ -507,10 +518,10 @@ class VFS:
 
     def remove(self, path: str) -> None:
         """Delete a file. Raises EISDIR for a folder, ENOENT. One that is on its way to the store never gets there."""
-        path = self._real(path)
+        named, path = path, self._real(path)
         self._check_writable(path)
         core = self.core
-        if self._lookup(path).is_dir:
+        if self._as_named(named, self._lookup(path)).is_dir:
             raise failure(errno.EISDIR, path)
         core.drop_partial(path)
         if core.pending is None or not core.pending.delete(path):
@@ -527,11 +538,14 @@ class VFS:
         On a store that cannot rename, objects are copied, the copies looked at, and only then the old ones deleted.
         """
         name = paths.split(paths.clean(target))[1]
+        means_folder = paths.means_folder(source) or paths.means_folder(target)
         source, target = self._real(source), self._real(target)
         if source == target:  # but for the spelling
             target = paths.join(paths.split(target)[0], name)
         self._check_writable(source)
         entry = self._lookup(source)
+        if means_folder and not entry.is_dir:
+            raise failure(errno.ENOTDIR, source)
         there, is_known = self._before_rename(target, entry)
         self._check_rename(source, target, entry, there, is_known=is_known)
         if source == target:
@@ -658,6 +672,8 @@ class VFS:
 
         That of a file which is on its way to the store goes with it.
         """
+        if paths.means_folder(path):
+            self.lookup(path)
         path = self._real(path)
         self._check_writable(path)
         if self.options.no_modtime:
@@ -671,11 +687,32 @@ class VFS:
             if not entry.is_dir:
                 core.changed(path, core.times.set(path, entry, mtime))
 
+    def chmod(self, path: str, mode: int) -> None:
+        """Set who may read, write and execute a file or folder of a local folder, for good when this returns.
+
+        What waits for the store there is stored first. Raises EINVAL for more than the nine bits of `rwxrwxrwx`,
+        EOPNOTSUPP for every other store, EPERM for the root. What listings show is --file-perms and --dir-perms.
+        """
+        named, path = path, self._real(path)
+        self._check_writable(path)
+        if mode & ~0o777:
+            raise failure(errno.EINVAL, path, "Only the rights to read, write and execute can be changed")
+        if not path:
+            raise failure(errno.EPERM, path, "The root's rights are not changed")
+        self._as_named(named, self._lookup(path))
+        core = self.core
+        if not core.backend.capability.sets_mode:
+            raise failure(EUNSUPPORTED, path, "Access rights can be changed in a local folder alone")
+        if core.pending is not None:
+            core.pending.store(path)
+        with core.writer(path):
+            core.backend.chmod(path, mode)
+
     def truncate(self, path: str, size: int) -> None:
         """Make a file `size` bytes long. Without a cache only 0 and the length it has."""
-        path = self._real(path)
+        named, path = path, self._real(path)
         self._check_writable(path)
-        entry = self._lookup(path)
+        entry = self._as_named(named, self._lookup(path))
         if entry.is_dir:
             raise failure(errno.EISDIR, path)
         if size < 0:
@@ -750,14 +787,27 @@ class VFS:
 
     def _check_name(self, path: str) -> None:
         """Raise what is wrong with a new name before a byte is taken for it."""
+        self._check_length(path)
         try:
             self.core.backend.check_name(path)
         except OSError as error:
             if error.errno not in AWAY:
                 raise
 
+    def _too_long(self, path: str) -> OSError | None:
+        """Return why nothing new can be called so, where it is too long. The folders above it are there already."""
+        if not paths.is_too_long(paths.split(path)[1]):
+            return None
+        return failure(errno.ENAMETOOLONG, path, f"A name of more than {paths.MAX_NAME_BYTES} bytes")
+
+    def _check_length(self, path: str) -> None:
+        too_long = self._too_long(path)
+        if too_long is not None:
+            raise too_long
+
     def _check_new(self, path: str, *, is_known: bool) -> None:
         """Raise why no file can be made at the path, as far as that can be told without a store that is away."""
+        self._check_length(path)
         if is_known or self.core.dirs.knows(paths.split(path)[0]):
             self._check_parent(path, is_known=is_known)
         if is_known or not self.core.backend.capability.opens_files:  # a disk is looked at for that, and may hang
