@@ -78,12 +78,16 @@ class Rates:
             for number, (name, limit) in enumerate(limited)
         }
 
-    def throttle(self, user: str, *, up: bool) -> Throttle | None:
-        """Return what a new data connection of a user's is to keep to in one direction; None for nothing."""
+    def throttle(self, user: str, *, up: bool, limit: int = 0) -> Throttle | None:
+        """Return what a new data connection of a user's is to keep to in one direction; None for nothing.
+
+        `limit` is one of the connection's own, in bytes a second; 0 is none.
+        """
         way = 0 if up else 1
-        own = self._connection[way]
+        rates = [Rate(rate) for rate in (self._connection[way], limit) if rate]
         shared = self._users[user][way] if user in self._users else None
-        rates = [rate for rate in (Rate(own) if own else None, shared) if rate is not None]
+        if shared is not None:
+            rates.append(shared)
         return Throttle(rates) if rates else None
 
 

@@ -32,7 +32,7 @@ from ftpvfs.server.commands import Announced, announced, is_ended
 from ftpvfs.server.loop import is_watched, leave_loop
 from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
 from ftpvfs.server.source import SEND, STEP, FileSource, NetworkText, TLSSource, ViewSource
-from ftpvfs.server.throttle import Rates, Throttle
+from ftpvfs.server.throttle import Rate, Rates, Throttle
 from ftpvfs.server.tls import TLSData
 from ftpvfs.waiting import WouldWait, without_waiting
 
@@ -83,6 +83,7 @@ class VFSDTPHandler(DTPHandler):
     """
 
     # pyftpdlib's own.
+    cmd: str | None
     _lastdata: int
     _resp: Any
     file_obj: Any
@@ -95,6 +96,10 @@ class VFSDTPHandler(DTPHandler):
     patience: float | None = None
     ac_in_buffer_size = STEP
     ac_out_buffer_size = STEP
+    # Bytes a second from and to the client, as in pyftpdlib's `ThrottledDTPHandler`; 0 is no limit. Listings go as fast
+    # as they can.
+    read_limit = 0
+    write_limit = 0
 
     # pyftpdlib's, for a TLS handshake that is under way; on a plain connection there is none.
     _ssl_accepting = False
@@ -185,9 +190,12 @@ class VFSDTPHandler(DTPHandler):
             self.handle_error()
 
     def _begin_throttled(self) -> None:
+        limit = self.read_limit if self.receive else self.write_limit
         rates: Rates | None = getattr(self.cmd_channel, "rates", None)
         if rates is not None:
-            self._throttle = rates.throttle(self.cmd_channel.username, up=self.receive)
+            self._throttle = rates.throttle(self.cmd_channel.username, up=self.receive, limit=limit)
+        elif limit:
+            self._throttle = Throttle([Rate(limit)])
 
     def _allowed(self, most: int) -> int:
         """Return how many bytes to move now; where it is none the connection sleeps until some may be."""
@@ -389,6 +397,7 @@ class VFSDTPHandler(DTPHandler):
         """Send a file without copying its bytes, unless ASCII type rewrites them."""
         self._initialized = True  # first of all: whatever fails from here on is answered
         if isinstance(producer, FileProducer):
+            self.cmd = self.cmd or "RETR"  # pyftpdlib's own handler says so after this call, which may end the transfer
             if hasattr(producer.file, "take_views"):
                 self._send_from(self._source_of(producer.file, producer.type))
                 return
