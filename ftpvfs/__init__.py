@@ -1,6 +1,7 @@
 """A virtual filesystem over any fsspec store, served over FTP and FTPS by pyftpdlib."""
 
 from ftpvfs.authorizer import VFSAuthorizer
+from ftpvfs.config import ConfigError
 from ftpvfs.filesystem import VFSFilesystem
 from ftpvfs.server.handler import TLS_VFSHandler, VFSHandler
 from ftpvfs.server.server import VFSServer
@@ -10,6 +11,7 @@ from ftpvfs.vfs.vfs import VFS
 __version__ = "0.1.0"
 __all__ = [
     "VFS",
+    "ConfigError",
     "TLS_VFSDTPHandler",
     "TLS_VFSHandler",
     "VFSAuthorizer",

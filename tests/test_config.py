@@ -376,6 +376,39 @@ def test_an_unknown_keyword_names_the_nearest_one():
         vfs_options(cache_mod="off")
 
 
+def test_each_keyword_may_be_written_as_its_flag():
+    assert vfs_options(vfs_cache_mode="full", vfs_read_chunk_size=2**20) == vfs_options(
+        cache_mode="full", read_chunk_size="1Mi"
+    )
+    for row in config.OPTIONS:
+        if row.section == "vfs":
+            default = getattr(vfs_options(), row.field)
+            assert vfs_options(**{row.flag.replace("-", "_"): default}) == vfs_options()
+
+
+def test_a_keyword_in_both_forms_is_refused_with_both_names():
+    with pytest.raises(TypeError, match=r"cache_mode and vfs_cache_mode"):
+        vfs_options(vfs_cache_mode="full", cache_mode="full")
+
+
+def test_an_unknown_keyword_with_the_flags_prefix_names_the_nearest_one():
+    with pytest.raises(ConfigError, match=r"unknown keyword vfs_cache_mod; the nearest known one is vfs_cache_mode"):
+        vfs_options(vfs_cache_mod="off")
+
+
+def test_an_unknown_keyword_is_told_where_options_of_the_store_go():
+    with pytest.raises(ConfigError, match=r"unknown keyword endpoint_url.*storage_options"):
+        vfs_options(endpoint_url="http://127.0.0.1:9000")
+
+
+def test_a_folder_may_be_any_path_like(tmp_path):
+    class Folder:
+        def __fspath__(self):
+            return str(tmp_path)
+
+    assert vfs_options(cache_dir=Folder()) == vfs_options(cache_dir=tmp_path) == vfs_options(cache_dir=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("keyword", "value"),
     [

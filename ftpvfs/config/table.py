@@ -573,13 +573,23 @@ class Config:
 
 
 def vfs_options(**keywords: Any) -> VFSOptions:
-    """The options of a VFS from keywords, as text (`"5m"`, `"10G"`) or as numbers (seconds, bytes)."""
-    known = {row.field: row for row in OPTIONS if row.section == "vfs"}
-    values = {}
+    """The options of a VFS from keywords, as text (`"5m"`, `"10G"`) or as numbers (seconds, bytes).
+
+    A keyword is a flag with `_` for `-`, with its `vfs_` or without. Raises TypeError where one is given in both forms,
+    ConfigError for one that is unknown or has a value that cannot be right.
+    """
+    rows = [row for row in OPTIONS if row.section == "vfs"]
+    known = {name: row for row in rows for name in (row.field, row.flag.replace("-", "_"))}
+    values: dict[str, Any] = {}
+    names: dict[str, str] = {}
     for name, value in keywords.items():
         if name not in known:
-            raise ConfigError(f"unknown keyword {name}; the nearest known one is {nearest(name, known)}")
-        values[name] = known[name].take(value, f"keyword {name}")
+            hint = f"the nearest known one is {nearest(name, known)}; the store's own options go into storage_options"
+            raise ConfigError(f"unknown keyword {name}; {hint}")
+        row = known[name]
+        if row.field in values:
+            raise TypeError(f"{' and '.join(sorted([names[row.field], name]))} are the same option; give one of them")
+        names[row.field], values[row.field] = name, row.take(value, f"keyword {name}")
     options = VFSOptions(**values)
     check_cache_dir(options)
     return options

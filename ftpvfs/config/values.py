@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import ipaddress
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -390,7 +391,7 @@ POSITIVE = Kind("int", integer(1), str, (int,))
 WORKERS = Kind("int", integer(1, MOST_WORKERS), str, (int,))
 ID = Kind("uint32", integer(0, 2**32 - 1), str, (int, type(None)))
 TEXT = Kind("string", parse_text)
-PATH = Kind("string", parse_path, str, (Path,))
+PATH = Kind("string", parse_path, os.fspath, (os.PathLike,))
 NAME = Kind("string", parse_name, str, (type(None),))
 USER_NAME = Kind("string", parse_user)
 ADDRESS = Kind("string", parse_address, format_address)
