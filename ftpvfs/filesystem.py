@@ -207,7 +207,9 @@ class VFSFilesystem(AbstractedFS):
     def _open(self, filename: str, mode: str, rest: int | None = None) -> tuple[Handle, Future[Any] | None]:
         path = self._path(filename)
         partial = self._resumed(path, mode, rest)
-        handle = self.vfs.open(path, mode, name=filename, autocommit=False, user=self._user, partial=partial)
+        handle: Handle = self.vfs.open(
+            path, mode, name=filename, autocommit=False, user=self._user, partial=partial
+        )
         try:
             return handle, handle.admit()
         except BaseException:

@@ -7,11 +7,14 @@ the VFS, without a leading slash: `a/b`, the root being `""`. A *key* is the obj
 from __future__ import annotations
 
 import errno
+import os
 import posixpath
 import unicodedata
 
 from ftpvfs.errors import failure
 
+# A path as a Python caller may give it.
+AnyPath = str | os.PathLike[str]
 # What Linux file systems and most object stores bear in one name; S3 and GCS allow 1024 bytes in a whole key. No longer
 # name is made; one that a store has all the same is a name like any other.
 MAX_NAME_BYTES = 255
@@ -34,13 +37,13 @@ def normalize(ftp_path: str, cwd: str = "/") -> str:
     return "/" + posixpath.normpath("/" + joined).lstrip("/")
 
 
-def means_folder(path: str) -> bool:
+def means_folder(path: AnyPath) -> bool:
     """Tell whether a path as a user writes it can only be a folder's: it ends in a slash, in `.` or in `..`.
 
     >>> [means_folder(path) for path in ("a/", "a/.", "", "a", "a/b.")]
     [True, True, True, False, False]
     """
-    return path.rpartition("/")[2] in {"", ".", ".."}
+    return os.fspath(path).rpartition("/")[2] in {"", ".", ".."}
 
 
 def from_ftp(ftp_path: str) -> str:
@@ -57,12 +60,12 @@ def to_ftp(path: str) -> str:
     return "/" + path
 
 
-def clean(path: str) -> str:
+def clean(path: AnyPath) -> str:
     """Return `path`, as a Python caller may write it (`/a//b/`), in the VFS's form; EINVAL for line breaks and NULs.
 
     How long a name is matters to who makes one alone (`is_too_long`).
     """
-    path = from_ftp(normalize(path))
+    path = from_ftp(normalize(os.fspath(path)))
     if not FORBIDDEN.isdisjoint(path):
         raise failure(errno.EINVAL, path, "The name has a line break or NUL in it")
     return path

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ftpvfs.vfs.openmode import CacheMode, HandleKind, flags_of, handle_kind, writes
+from ftpvfs.vfs.openmode import CacheMode, HandleKind, flags_of, handle_kind, is_text, writes
 from tests.conftest import Store
 
 ACCESS = (os.O_RDONLY, os.O_WRONLY, os.O_RDWR)
@@ -117,20 +117,22 @@ def test_neither_reading_nor_writing_is_refused(mode: CacheMode) -> None:
 
 @pytest.mark.parametrize("letters", ["r", "r+", "w", "w+", "a", "a+", "x", "x+"])
 @pytest.mark.parametrize("place", ["end", "middle"])
-def test_python_modes_are_those_of_the_system(letters: str, place: str) -> None:
-    mode = letters + "b" if place == "end" else letters[0] + "b" + letters[1:]
+@pytest.mark.parametrize("kind", ["b", "t", ""])
+def test_python_modes_are_those_of_the_system(letters: str, place: str, kind: str) -> None:
+    mode = letters + kind if place == "end" else letters[0] + kind + letters[1:]
+    assert is_text(mode) is (kind != "b")
     asked = []
 
     def opener(path: str, flags: int) -> int:
         asked.append(flags)
         return os.open(os.devnull, os.O_RDWR)
 
-    with open("anything", mode, opener=opener, buffering=0):
+    with open("anything", mode, opener=opener, buffering=0 if kind == "b" else -1, encoding=None):
         pass
     assert flags_of(mode) == asked[0] & ~os.O_CLOEXEC
 
 
-@pytest.mark.parametrize("mode", ["", "r", "w", "b", "rt", "rbb", "wr", "rb ", "rwb", "U"])
+@pytest.mark.parametrize("mode", ["", "b", "t", "rbb", "rtt", "rbt", "wr", "rb ", "rwb", "U"])
 def test_other_modes_are_refused_with_those_that_exist(mode: str) -> None:
     with pytest.raises(ValueError, match="write one of"):
         flags_of(mode)

@@ -201,7 +201,7 @@ def test_opening_what_cannot_be_opened(store: Store, vfs: VFS) -> None:
     fails(errno.EPERM, "a.txt", vfs.open, "a.txt", "r+b")
     fails(errno.EINVAL, "a.txt", vfs.open, "a.txt", os.O_RDONLY | os.O_TRUNC)
     with pytest.raises(ValueError, match="mode"):
-        vfs.open("a.txt", "r")
+        vfs.open("a.txt", "rw")
     assert store.read("a.txt") == b"x"
     assert store.list() == {"a.txt", "d/b.txt"}
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
+from typing import Literal
 
 from ftpvfs.errors import failure
 
@@ -60,18 +61,33 @@ MODES = {
 }
 
 
-def flags_of(mode: str | int) -> int:
-    """Return the `os.O_*` flags of a Python mode string (binary only), or the flags themselves.
+# The same for who reads types: what opens bytes, and what opens text.
+BinaryMode = Literal[
+    "rb", "wb", "ab", "xb", "r+b", "w+b", "a+b", "x+b", "rb+", "wb+", "ab+", "xb+"
+]  # fmt: skip
+TextMode = Literal[
+    "r", "w", "a", "x", "r+", "w+", "a+", "x+", "rt", "wt", "at", "xt", "r+t", "w+t", "a+t", "x+t", "rt+", "wt+", "at+",
+    "xt+",
+]  # fmt: skip
 
-    >>> flags_of("rb") == os.O_RDONLY
+
+def flags_of(mode: str | int) -> int:
+    """Return the `os.O_*` flags of a Python mode string, or the flags themselves. Raises ValueError.
+
+    >>> flags_of("rb") == flags_of("rt") == flags_of("r") == os.O_RDONLY
     True
     """
     if isinstance(mode, int):
         return mode
-    letters = mode.replace("b", "", 1)
-    if letters not in MODES or "b" not in mode:
-        raise ValueError(f"mode {mode!r}: write one of {', '.join(sorted(key + 'b' for key in MODES))}")
+    letters = mode.replace("b", "", 1) if "b" in mode else mode.replace("t", "", 1)
+    if letters not in MODES:
+        raise ValueError(f"mode {mode!r}: write one of {', '.join(sorted(MODES))}, with a b behind it for bytes")
     return MODES[letters]
+
+
+def is_text(mode: str | int) -> bool:
+    """Tell whether the mode is for text: a mode string without a b."""
+    return isinstance(mode, str) and "b" not in mode
 
 
 def writes(flags: int) -> bool:

@@ -12,11 +12,11 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ftpvfs import paths
 from ftpvfs.backend.backend import Entry, Tuning, capability_of, display_url, examine, is_shared, preload, root_of
@@ -26,14 +26,28 @@ from ftpvfs.clock import SYSTEM_CLOCK, Clock
 from ftpvfs.config import ConfigError, VFSOptions, vfs_options
 from ftpvfs.coordination.folders import examine_private_folder, unusable
 from ftpvfs.errors import AWAY, EUNSUPPORTED, failure
+from ftpvfs.paths import AnyPath
+from ftpvfs.vfs.buffered import TextFile, as_text, check_layers, with_buffer
 from ftpvfs.vfs.core import Core, needs_index, not_cacheable
 from ftpvfs.vfs.dircache import Listing
 from ftpvfs.vfs.handle import Handle
 from ftpvfs.vfs.opening import Opening, Request
-from ftpvfs.vfs.openmode import CacheMode, HandleKind, flags_of, handle_kind, writes
+from ftpvfs.vfs.openmode import (
+    BinaryMode,
+    CacheMode,
+    HandleKind,
+    TextMode,
+    flags_of,
+    handle_kind,
+    is_text,
+    writes,
+)
 from ftpvfs.vfs.pending import is_local
 from ftpvfs.vfs.tree import Surroundings, TreeMove
 from ftpvfs.waiting import Wait, WouldWait, about_to_wait, without_waiting
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +67,7 @@ class VFS:
 
     def __init__(
         self,
-        url: str = ".",
+        url: AnyPath = ".",
         *,
         storage_options: Mapping[str, Any] | None = None,
         options: VFSOptions | None = None,
@@ -63,8 +77,8 @@ class VFS:
         if options is not None and keywords:
             raise TypeError("pass either options or keywords")
         self.options = options or vfs_options(**keywords)
-        self.name = display_url(url)
-        self._url = url
+        self._url = os.fspath(url)
+        self.name = display_url(self._url)
         self._storage_options = dict(storage_options or {})
         self._clock = clock
         self._mode = CacheMode[self.options.cache_mode.upper()]
@@ -203,14 +217,14 @@ class VFS:
 
     # --- looking
 
-    def lookup(self, path: str) -> Entry:
+    def lookup(self, path: AnyPath) -> Entry:
         """Return what is at the path. Raises ENOENT; ENOTDIR below a file, and for a file with a slash behind it."""
         return self._as_named(path, self._lookup(self._real(path)))
 
-    def _as_named(self, path: str, entry: Entry) -> Entry:
+    def _as_named(self, path: AnyPath, entry: Entry) -> Entry:
         """Return the entry; ENOTDIR for a file whose `path`, as the caller wrote it, can only be a folder's."""
         if not entry.is_dir and paths.means_folder(path):
-            raise failure(errno.ENOTDIR, path)
+            raise failure(errno.ENOTDIR, os.fspath(path))
         return entry
 
     def _lookup(self, path: str) -> Entry:
@@ -231,7 +245,7 @@ class VFS:
                 break
         return self._too_long(path) or failure(errno.ENOENT, path)
 
-    def stat(self, path: str) -> os.stat_result:
+    def stat(self, path: AnyPath) -> os.stat_result:
         """Return the status of a file or folder, its true modification time included."""
         named, path = path, self._real(path)
         entry = self._as_named(named, self._lookup(path))
@@ -267,11 +281,12 @@ class VFS:
             return self._started
         return mtime
 
-    def inode(self, path: str) -> int:
+    def inode(self, path: AnyPath) -> int:
         """Return a number that stands for the path, the same in all processes."""
-        return int.from_bytes(blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
+        name = os.fspath(path).encode("utf-8", "surrogateescape")
+        return int.from_bytes(blake2b(name, digest_size=8).digest(), "big") >> 1
 
-    def exists(self, path: str) -> bool:
+    def exists(self, path: AnyPath) -> bool:
         """Tell whether there is anything at the path."""
         try:
             self.lookup(path)
@@ -279,30 +294,60 @@ class VFS:
             return False
         return True
 
-    def isdir(self, path: str) -> bool:
+    def isdir(self, path: AnyPath) -> bool:
         """Tell whether the path is a folder."""
         try:
             return self.lookup(path).is_dir
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def isfile(self, path: str) -> bool:
+    def isfile(self, path: AnyPath) -> bool:
         """Tell whether the path is a file."""
         try:
             return not self.lookup(path).is_dir
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def listdir(self, path: str = "") -> list[str]:
+    def listdir(self, path: AnyPath = "") -> list[str]:
         """Return the sorted names in a folder. Raises ENOENT and ENOTDIR."""
         return list(self.listing(path).names)
 
-    def scandir(self, path: str = "") -> Iterator[DirEntry]:
+    def scandir(self, path: AnyPath = "") -> Entries:
         """Return the folder's entries with their status; no request for each. Raises ENOENT and ENOTDIR."""
         path = self._real(path)
-        return (DirEntry(self, path, entry) for entry in self.timed_listing(path))
+        return Entries(DirEntry(self, path, entry) for entry in self.timed_listing(path))
 
-    def listing(self, path: str = "") -> Listing:
+    def walk(
+        self, top: AnyPath = "", topdown: bool = True, onerror: Callable[[OSError], object] | None = None
+    ) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Yield (folder, names of folders, names of files) of a folder and of all below it, as `os.walk` does.
+
+        Unlike that, a folder that cannot be listed raises why, unless there is `onerror`, which is called with it then:
+        who takes a store that is away for an empty one deletes what it mirrors.
+        """
+        # Folders to list, and with topdown=False what was found in those whose own folders are still to be.
+        pending: list[str | tuple[str, list[str], list[str]]] = [paths.clean(top)]
+        while pending:
+            folder = pending.pop()
+            if isinstance(folder, tuple):
+                yield folder
+                continue
+            try:
+                listing = self.listing(folder)
+            except OSError as error:
+                if onerror is None:
+                    raise
+                onerror(error)
+                continue
+            folders = [entry.name for entry in listing if entry.is_dir]
+            found = (folder, folders, [entry.name for entry in listing if not entry.is_dir])
+            if topdown:
+                yield found
+            else:
+                pending.append(found)
+            pending += [paths.join(folder, name) for name in reversed(folders)]
+
+    def listing(self, path: AnyPath = "") -> Listing:
         """Return the folder's listing, shared and immutable. Raises ENOENT and ENOTDIR."""
         path = self._real(path)
         return self._listing(path)
@@ -318,7 +363,7 @@ class VFS:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self._missing(path, listed=True) from error
 
-    def timed_listing(self, path: str = "") -> Listing:
+    def timed_listing(self, path: AnyPath = "") -> Listing:
         """Return the folder's listing with every true modification time filled in."""
         path = self._real(path)
         listing = self._listing(path)
@@ -331,7 +376,7 @@ class VFS:
             self.core.dirs.once("times", path, fill)
         return listing
 
-    def statvfs(self, path: str = "") -> os.statvfs_result:
+    def statvfs(self, path: AnyPath = "") -> os.statvfs_result:
         """Return the space at the store, as far as it or the user says."""
         usage = None if self.options.disk_space_total_size else self.core.backend.usage()
         total = usage.total if usage else self.options.disk_space_total_size or UNKNOWN_SPACE
@@ -341,26 +386,99 @@ class VFS:
 
     # --- opening
 
+    @overload
     def open(
         self,
-        path: str,
-        mode: str | int = "rb",
+        path: AnyPath,
+        mode: BinaryMode | int = "rb",
+        buffering: Literal[-1, 0] = -1,
         *,
         name: str | None = None,
         autocommit: bool = True,
         user: str = "",
         partial: PartialRecord | None = None,
-    ) -> Handle:
-        """Open a file; return a binary file object for one thread.
+    ) -> Handle: ...
 
-        `mode` is a Python mode string or `os.O_*` flags. A file that is written appears whole when the handle is
-        closed, and not at all when a `with` block fails or the handle is forgotten; with `autocommit=False` only
-        `commit()` publishes. When that returns the file is in the store, or with `--vfs-cache-mode` writes and full and
-        `--ack cache` on the cache's disk for good and on its way. `name` is the handle's `name`, for who logs it.
-        Neither the store nor the disk is asked to write before the first byte. `user` is whose upload this is, should
-        it be interrupted; `partial` goes on with such a one.
+    @overload
+    def open(
+        self,
+        path: AnyPath,
+        mode: TextMode,
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        *,
+        name: str | None = None,
+        autocommit: bool = True,
+        user: str = "",
+        partial: PartialRecord | None = None,
+    ) -> TextFile: ...
+
+    @overload
+    def open(
+        self,
+        path: AnyPath,
+        mode: str | int = "rb",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        *,
+        name: str | None = None,
+        autocommit: bool = True,
+        user: str = "",
+        partial: PartialRecord | None = None,
+    ) -> Any: ...
+
+    def open(
+        self,
+        path: AnyPath,
+        mode: str | int = "rb",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        *,
+        name: str | None = None,
+        autocommit: bool = True,
+        user: str = "",
+        partial: PartialRecord | None = None,
+    ) -> Any:
+        """Open a file; return a file object for one thread.
+
+        `mode` is a Python mode string or `os.O_*` flags. A string without a `b` opens text: `encoding`, `errors` and
+        `newline` are those of Python's `open`, and so is `buffering` for both kinds, but for bytes there is no buffer
+        unless a size is given.
+
+        A file that is written appears whole when it is closed, and not at all when a `with` block fails or the file is
+        forgotten; with `autocommit=False` only `commit()` publishes. When that returns the file is in the store, or
+        with `--vfs-cache-mode` writes and full and `--ack cache` on the cache's disk for good and on its way. `name` is
+        the file's `name`, for who logs it. Neither the store nor the disk is asked to write before the first byte.
+        `user` is whose upload this is, should it be interrupted; `partial` goes on with such a one.
         """
         flags = flags_of(mode)
+        check_layers(buffering, encoding, errors, newline, is_text=is_text(mode))
+        handle = self._open(path, flags, name, autocommit, user, partial)
+        try:
+            if isinstance(mode, str) and flags & os.O_APPEND and handle.seekable():
+                handle.seek(0, os.SEEK_END)  # as Python does; for the system itself an append begins at 0
+            if isinstance(mode, str) and is_text(mode):
+                return as_text(handle, flags, mode, buffering, encoding, errors, newline)
+            return with_buffer(handle, flags, buffering) if buffering > 0 else handle
+        except BaseException:
+            handle.abandon()
+            raise
+
+    def _open(
+        self,
+        path: AnyPath,
+        flags: int,
+        name: str | None,
+        autocommit: bool,
+        user: str,
+        partial: PartialRecord | None,
+    ) -> Handle:
         named = path
         path, entry, is_known = self._before_open(path, flags, partial)
         is_made = entry is None and bool(flags & os.O_CREAT)
@@ -380,6 +498,39 @@ class VFS:
         request = Request(path, name or path, flags, entry, is_known, user, autocommit, partial)
         return self._opened(kind, request)
 
+    def read_bytes(self, path: AnyPath) -> bytes:
+        """Return all bytes of a file."""
+        with self.open(path, "rb") as file:
+            return file.read()
+
+    def write_bytes(self, path: AnyPath, data: ReadableBuffer) -> int:
+        """Write a file, whole or not at all; return how many bytes. On return it is as safe as `open` says."""
+        with self.open(path, "wb") as file:
+            return file.write(data)
+
+    def read_text(
+        self,
+        path: AnyPath,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> str:
+        """Return all of a text file; the arguments are those of `open`."""
+        with self.open(path, "r", encoding=encoding, errors=errors, newline=newline) as file:
+            return file.read()
+
+    def write_text(
+        self,
+        path: AnyPath,
+        text: str,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> int:
+        """Write a text file, whole or not at all; return how many characters. The arguments are those of `open`."""
+        with self.open(path, "w", encoding=encoding, errors=errors, newline=newline) as file:
+            return file.write(text)
+
     def _opened(self, kind: HandleKind, request: Request) -> Handle:
         opening = Opening(self.core, self._clock)
         if kind is HandleKind.READ:
@@ -391,7 +542,7 @@ class VFS:
         return opening.cached_write(request)
 
     def _before_open(
-        self, path: str, flags: int, partial: PartialRecord | None
+        self, path: AnyPath, flags: int, partial: PartialRecord | None
     ) -> tuple[str, Entry | None, bool]:
         """Return the path as it is spelled, what is there, and whether that is known."""
         is_whole = bool(flags & os.O_CREAT and flags & os.O_TRUNC) and partial is None
@@ -435,14 +586,14 @@ class VFS:
         except FileNotFoundError:
             return None
 
-    def partial(self, path: str, user: str = "") -> PartialRecord | None:
+    def partial(self, path: AnyPath, user: str = "") -> PartialRecord | None:
         """Return what came of an interrupted upload of the user's to the path, to go on with (`open(partial=...)`)."""
         parts = self.core.parts
         if parts is None or self._mode is CacheMode.OFF or paths.means_folder(path):
             return None
         return parts.cache.partial(self._real(path), user)
 
-    def drop_partial(self, path: str, user: str = "") -> bool:
+    def drop_partial(self, path: AnyPath, user: str = "") -> bool:
         """Remove what came of the user's interrupted upload; return whether there was anything."""
         parts = self.core.parts
         if parts is None or self.partial(path, user) is None:
@@ -452,7 +603,7 @@ class VFS:
 
     # --- changing
 
-    def mkdir(self, path: str) -> None:
+    def mkdir(self, path: AnyPath) -> None:
         """Make one folder. It exists for everybody and survives a restart, also where the store has no folders."""
         path = self._real(path)
         self._check_writable(path)
@@ -466,24 +617,31 @@ class VFS:
             core.make_folder(path)
             core.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True, mtime=self._clock.time()))
 
-    def makedirs(self, path: str) -> None:
-        """Make a folder and those above it that are missing. Raises EEXIST for a file, ENOTDIR below one."""
+    def makedirs(self, path: AnyPath, *, exist_ok: bool = True) -> None:
+        """Make a folder and those above it that are missing.
+
+        Raises EEXIST for a file, and unless `exist_ok` for a folder that is there; ENOTDIR below a file.
+        """
         path = self._real(path)
         entry = self._existing(path)
-        if entry is not None and not entry.is_dir:
+        if entry is not None and not (entry.is_dir and exist_ok):
             raise failure(errno.EEXIST, path)
         if entry is None:
             self.makedirs(paths.split(path)[0])
-            with contextlib.suppress(FileExistsError):  # by somebody else, meanwhile
+            try:
                 self.mkdir(path)
+            except FileExistsError:  # made by somebody else, meanwhile
+                if not exist_ok or not self.isdir(path):
+                    raise
 
-    def ready_folder(self, path: str) -> bool:
+    def ready_folder(self, path: AnyPath) -> bool:
         """Make a folder as `makedirs` does, for files that come next; return whether it is there.
 
         Who hands in files does not need the store for it, in modes writes and full: they bring their folders along.
         """
         core = self.core
-        is_quick = core.backend.capability.answers_at_once or core.dirs.knows(paths.clean(path))
+        path = paths.clean(path)
+        is_quick = core.backend.capability.answers_at_once or core.dirs.knows(path)
         if is_quick or not self._goes_without_store:
             self.makedirs(path)
             return True
@@ -496,7 +654,7 @@ class VFS:
             return False
         return True
 
-    def rmdir(self, path: str) -> None:
+    def rmdir(self, path: AnyPath) -> None:
         """Remove an empty folder. Raises ENOTEMPTY, ENOTDIR, ENOENT; EBUSY for the root."""
         path = self._real(path)
         self._check_writable(path)
@@ -516,7 +674,7 @@ class VFS:
             core.dirs.changed(path, None)
         core.keep_folder(paths.split(path)[0])
 
-    def remove(self, path: str) -> None:
+    def remove(self, path: AnyPath) -> None:
         """Delete a file. Raises EISDIR for a folder, ENOENT. One that is on its way to the store never gets there."""
         named, path = path, self._real(path)
         self._check_writable(path)
@@ -532,7 +690,7 @@ class VFS:
         core.times.removed(path)
         core.keep_folder(paths.split(path)[0])
 
-    def rename(self, source: str, target: str) -> None:
+    def rename(self, source: AnyPath, target: AnyPath) -> None:
         """Rename a file or folder; a file that stands at the target is replaced, an empty folder too by a folder.
 
         On a store that cannot rename, objects are copied, the copies looked at, and only then the old ones deleted.
@@ -559,6 +717,10 @@ class VFS:
         elif self.core.pending is None or not self.core.pending.rename(source, target, there, is_known=is_known):
             self._rename_file(source, target, entry)
         self.core.keep_folder(paths.split(source)[0])
+
+    def replace(self, source: AnyPath, target: AnyPath) -> None:
+        """Rename a file or folder, as `rename` does, which replaces what stands at the target as `os.replace` would."""
+        self.rename(source, target)
 
     def _before_rename(self, target: str, entry: Entry) -> tuple[Entry | None, bool]:
         """Return what the rename of `entry` replaces, and whether that is known: what waits can go without the store.
@@ -667,11 +829,18 @@ class VFS:
             core.index.move_folder(source, target)
         return None
 
-    def utime(self, path: str, times: tuple[float, float] | None = None) -> None:
+    def utime(
+        self, path: AnyPath, times: tuple[float, float] | None = None, *, ns: tuple[int, int] | None = None
+    ) -> None:
         """Set the modification time (`times` is (access, modification), None is now). It is there when this returns.
 
-        That of a file which is on its way to the store goes with it.
+        `ns` is the same in nanoseconds, kept as exactly as seconds in a float are. ValueError for both. The time of a
+        file which is on its way to the store goes with it.
         """
+        if ns is not None:
+            if times is not None:
+                raise ValueError("times and ns say the same; give one of them")
+            times = (ns[0] / 1e9, ns[1] / 1e9)
         if paths.means_folder(path):
             self.lookup(path)
         path = self._real(path)
@@ -687,7 +856,7 @@ class VFS:
             if not entry.is_dir:
                 core.changed(path, core.times.set(path, entry, mtime))
 
-    def chmod(self, path: str, mode: int) -> None:
+    def chmod(self, path: AnyPath, mode: int) -> None:
         """Set who may read, write and execute a file or folder of a local folder, for good when this returns.
 
         What waits for the store there is stored first. Raises EINVAL for more than the nine bits of `rwxrwxrwx`,
@@ -708,7 +877,7 @@ class VFS:
         with core.writer(path):
             core.backend.chmod(path, mode)
 
-    def truncate(self, path: str, size: int) -> None:
+    def truncate(self, path: AnyPath, size: int) -> None:
         """Make a file `size` bytes long. Without a cache only 0 and the length it has."""
         named, path = path, self._real(path)
         self._check_writable(path)
@@ -727,11 +896,11 @@ class VFS:
 
     # --- the directory cache
 
-    def forget(self, path: str = "") -> None:
+    def forget(self, path: AnyPath = "") -> None:
         """Drop what is cached at and below the folder; the store is asked when somebody wants it."""
         self.core.dirs.forget(paths.clean(path))
 
-    def refresh(self, path: str = "", *, recursive: bool = False) -> None:
+    def refresh(self, path: AnyPath = "", *, recursive: bool = False) -> None:
         """Read the folder again now, and those below it where `recursive`."""
         path = self._real(path)
         listing = self._listing(path, fresh=True)
@@ -776,7 +945,7 @@ class VFS:
 
     # --- checks
 
-    def _real(self, path: str) -> str:
+    def _real(self, path: AnyPath) -> str:
         return self.core.dirs.real_name(paths.clean(path))
 
     def _check_writable(self, path: str) -> None:
@@ -824,6 +993,29 @@ class VFS:
         except OSError as error:
             if is_known or error.errno not in AWAY:
                 raise
+
+
+class Entries:
+    """A folder's entries, as `os.scandir` gives them: an iterator that may be closed."""
+
+    def __init__(self, entries: Iterator[DirEntry]) -> None:
+        self._entries = entries
+
+    def __iter__(self) -> Entries:
+        return self
+
+    def __next__(self) -> DirEntry:
+        return next(self._entries)
+
+    def close(self) -> None:
+        """End it; nothing is open at the store."""
+        self._entries = iter(())
+
+    def __enter__(self) -> Entries:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 class DirEntry:
