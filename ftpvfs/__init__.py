@@ -3,6 +3,7 @@
 from ftpvfs.authorizer import VFSAuthorizer
 from ftpvfs.config import ConfigError
 from ftpvfs.filesystem import VFSFilesystem
+from ftpvfs.fsspec_filesystem import FTPVFSFileSystem
 from ftpvfs.server.handler import TLS_VFSHandler, VFSHandler
 from ftpvfs.server.server import VFSServer
 from ftpvfs.server.transfer import TLS_VFSDTPHandler, VFSDTPHandler
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "VFS",
     "ConfigError",
+    "FTPVFSFileSystem",
     "TLS_VFSDTPHandler",
     "TLS_VFSHandler",
     "VFSAuthorizer",

@@ -20,7 +20,7 @@ LAYERS = [
     {"backend"},
     {"cache"},
     {"vfs"},
-    {"filesystem", "authorizer"},
+    {"filesystem", "authorizer", "fsspec_filesystem"},
     {"server", "rc"},
     {"assembly", "cachecmd"},
     {"launch"},
@@ -46,7 +46,7 @@ HOMES: dict[str, set[str]] = {
     "argon2": {"authorizer"},
     "greenlet": {"server.offload"},
     "diskcache": {"cache.database"},
-    "fsspec": {"backend"},
+    "fsspec": {"backend", "fsspec_filesystem"},
     "s3fs": {"backend"},
     "gcsfs": {"backend"},
     "aiobotocore": {"backend"},  # s3fs's own way to S3, and the home of its exceptions

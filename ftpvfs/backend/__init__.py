@@ -1,1 +1,1 @@
-"""The stores: the only package that knows fsspec."""
+"""The stores: the only package that asks fsspec for anything."""
