@@ -1,6 +1,6 @@
 """A virtual filesystem over any fsspec store, served over FTP and FTPS by pyftpdlib."""
 
-from ftpvfs.authorizer import VFSAuthorizer
+from ftpvfs.authorizer import VFSAuthorizer, VFSHomes
 from ftpvfs.config import ConfigError
 from ftpvfs.filesystem import VFSFilesystem
 from ftpvfs.fsspec_filesystem import FTPVFSFileSystem
@@ -20,6 +20,7 @@ __all__ = [
     "VFSDTPHandler",
     "VFSFilesystem",
     "VFSHandler",
+    "VFSHomes",
     "VFSServer",
     "__version__",
 ]

@@ -1,12 +1,13 @@
-"""An authorizer whose homes are paths inside a VFS; otherwise pyftpdlib's `DummyAuthorizer`."""
+"""Authorizers whose homes are paths inside a VFS: `VFSHomes` for any of pyftpdlib's, and `VFSAuthorizer`."""
 
 from __future__ import annotations
 
 import hmac
+import os
 import secrets
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import argon2
 from pyftpdlib.authorizers import AuthenticationFailed, DummyAuthorizer
@@ -22,7 +23,98 @@ _hashing = threading.BoundedSemaphore(2)
 REMEMBERED = 1000
 
 
-class VFSAuthorizer(DummyAuthorizer):
+# What `VFSHomes` is mixed into: `UnixAuthorizer` and others are none of these, but have its methods.
+_Authorizer: Any = DummyAuthorizer if TYPE_CHECKING else object
+
+
+class VFSHomes(_Authorizer):
+    """Mixed into one of pyftpdlib's authorizers: its users' homes are paths in a VFS, and need not exist anywhere.
+
+    Write it first: `class Users(VFSHomes, UnixAuthorizer)`. Without it pyftpdlib takes no home that is not a folder of
+    this machine, and its `UnixAuthorizer` calls the VFS as the user who has logged in. A VFS works as one user, the
+    server: the store has the server's credentials, the cache is a private folder, and threads serve all sessions.
+    """
+
+    # The folder whose place the VFS's root takes: with "/home" the home /home/alice is /alice in the VFS. Homes that
+    # are not below it stay as they are.
+    home_root = "/"
+    # For a `VFSFilesystem`: the process's user stays the same.
+    impersonates = False
+    _is_made = False
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._is_made = True
+
+    def add_user(self, username: str, password: str, homedir: str = "/", *arguments: Any, **keywords: Any) -> None:
+        """Add a user with a home in the VFS; otherwise pyftpdlib's own (`DummyAuthorizer` and what is made of it)."""
+        super().add_user(username, password, os.sep, *arguments, **keywords)
+        self.user_table[username]["home"] = paths.normalize(homedir)
+
+    def add_anonymous(self, homedir: str = "/", **keywords: Any) -> None:
+        """Add the user `anonymous`, who may log in with any password."""
+        super().add_anonymous(os.sep, **keywords)
+        self.user_table["anonymous"]["home"] = paths.normalize(homedir)
+
+    def override_user(
+        self,
+        username: str,
+        password: str | None = None,
+        homedir: str | None = None,
+        *arguments: Any,
+        **keywords: Any,
+    ) -> None:
+        """Give a system user another home in the VFS, and what else pyftpdlib's own takes (`UnixAuthorizer`)."""
+        super().override_user(username, password, os.sep if homedir else None, *arguments, **keywords)
+        if homedir:
+            self._dummy_authorizer.user_table[username]["home"] = paths.normalize(homedir)
+
+    def get_home_dir(self, username: str) -> str:
+        """Return the user's home in the VFS."""
+        home = str(super().get_home_dir(username))
+        if not self._is_made:  # pyftpdlib looks whether it is a folder of this machine
+            return os.sep
+        home, root = paths.normalize(home), paths.normalize(self.home_root)
+        if root == "/" or not paths.is_within(paths.from_ftp(home), paths.from_ftp(root)):
+            return home
+        return paths.rebase(home, root, "") or "/"
+
+    def impersonate_user(self, username: str, password: str) -> None:
+        """Stay who the server is: the store and the cache are its own."""
+
+    def terminate_impersonation(self, username: str) -> None:
+        """Stay who the server is."""
+
+    def override_perm(self, username: str, directory: str, perm: str, recursive: bool = False) -> None:
+        """Give a user other permissions in a folder below the home, and below that folder where `recursive`."""
+        _check_letters(perm)
+        directory = paths.normalize(directory)
+        home = self.get_home_dir(username)
+        if directory == home:
+            raise ValueError("can't override home directory permissions")
+        if not paths.is_within(paths.from_ftp(directory), paths.from_ftp(home)):
+            raise ValueError("path escapes user home directory")
+        self.user_table[username]["operms"][directory] = perm, recursive
+
+    def has_perm(self, username: str, perm: str, path: str | None = None) -> bool:
+        """Tell whether the user may do what the letter stands for, at the path."""
+        others = getattr(self, "user_table", {}).get(username, {}).get("operms")
+        if not others or path is None:
+            return bool(super().has_perm(username, perm, path))
+        nearest = -1
+        letters = self.user_table[username]["perm"]
+        for directory, (allowed, recursive) in others.items():
+            applies = (
+                paths.is_within(paths.from_ftp(path), paths.from_ftp(directory))
+                if recursive
+                else path == directory or paths.split(path)[0] == directory
+            )
+            if applies and len(directory) > nearest:
+                nearest, letters = len(directory), allowed
+        return perm in letters
+
+
+class VFSAuthorizer(VFSHomes, DummyAuthorizer):
     """Users with homes in a VFS (`/`, `/alice`). Nothing is looked up on the server's own disk. Any thread.
 
     Passwords are kept in clear or as argon2 hashes. Who fails learns nothing of whether the name exists, neither from
@@ -99,32 +191,6 @@ class VFSAuthorizer(DummyAuthorizer):
     def add_anonymous(self, homedir: str = "/", **kwargs: Any) -> None:
         """Add the user `anonymous`, who may log in with any password."""
         self.add_user("anonymous", None, homedir, **kwargs)
-
-    def override_perm(self, username: str, directory: str, perm: str, recursive: bool = False) -> None:
-        """Give a user other permissions in a folder below the home, and below that folder where `recursive`."""
-        _check_letters(perm)
-        directory = paths.normalize(directory)
-        home = self.get_home_dir(username)
-        if directory == home:
-            raise ValueError("can't override home directory permissions")
-        if not paths.is_within(paths.from_ftp(directory), paths.from_ftp(home)):
-            raise ValueError("path escapes user home directory")
-        self.user_table[username]["operms"][directory] = perm, recursive
-
-    def has_perm(self, username: str, perm: str, path: str | None = None) -> bool:
-        """Tell whether the user may do what the letter stands for, at the path."""
-        user = self.user_table[username]
-        nearest = -1
-        letters = user["perm"]
-        for directory, (allowed, recursive) in user["operms"].items():
-            applies = path is not None and (
-                paths.is_within(paths.from_ftp(path), paths.from_ftp(directory))
-                if recursive
-                else path == directory or paths.split(path)[0] == directory
-            )
-            if applies and len(directory) > nearest:
-                nearest, letters = len(directory), allowed
-        return perm in letters
 
     def vfs_for(self, username: str, password: str, handler: Any) -> VFS | None:
         """Return the store of the user's own, None for that of all. Called once a login has succeeded."""

@@ -19,8 +19,10 @@ from concurrent.futures import Future
 from functools import lru_cache, partial, wraps
 from typing import Any, ClassVar, TypeVar
 
+from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.filesystems import AbstractedFS
+from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import MultiprocessFTPServer
 
 from ftpvfs import paths
@@ -126,6 +128,11 @@ class VFSFilesystem(AbstractedFS):
             self._warn_once(
                 f"{cmd_channel.dtp_handler.__name__} takes a broken upload for a complete one;"
                 " set dtp_handler to ftpvfs.VFSDTPHandler or TLS_VFSDTPHandler"
+            )
+        if _impersonates(cmd_channel):
+            self._warn_once(
+                f"{type(cmd_channel.authorizer).__name__} changes the process's user for each call, who may not use the"
+                " cache folder or the store; write class Users(ftpvfs.VFSHomes, ...) to stay the server's own user"
             )
         single = not hasattr(cmd_channel.server, "_start_task")
         if single and not getattr(cmd_channel, "offloads", False) and not self.vfs.core.backend.capability.opens_files:
@@ -533,6 +540,15 @@ def _matching(found: list[str], pattern: Pattern) -> list[str]:
     if not isinstance(found, Names) or found != found.listing.names:
         return names
     return Names(found.listing.only(names))
+
+
+def _impersonates(cmd_channel: Any) -> bool:
+    """Tell whether the session's handler calls the filesystem as the user who has logged in."""
+    authorizer = cmd_channel.authorizer
+    if getattr(type(cmd_channel), "run_as_current_user", None) is not FTPHandler.run_as_current_user:
+        return False
+    keeps_user = type(authorizer).impersonate_user is DummyAuthorizer.impersonate_user
+    return not keeps_user and getattr(authorizer, "impersonates", True)
 
 
 class StockFile:

@@ -7,14 +7,16 @@ import ftplib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import pyftpdlib.authorizers
 import pytest
 from pyftpdlib.authorizers import DummyAuthorizer
 from pyftpdlib.handlers import DTPHandler, FTPHandler
 from pyftpdlib.servers import FTPServer, MultiprocessFTPServer, ThreadedFTPServer
 
-from ftpvfs import VFSAuthorizer, VFSDTPHandler, VFSFilesystem
+from ftpvfs import VFSAuthorizer, VFSDTPHandler, VFSFilesystem, VFSHandler, VFSHomes, VFSServer
 from tests.conftest import Store, connect, download, last_reply, names, open_transfer, reply, reset, upload
 from tests.servers import wait_until
 
@@ -91,6 +93,83 @@ def test_files_go_up_and_down(
         assert reply(ftp, "CWD ..").startswith("250 ")
         assert reply(ftp, "RMD folder").startswith("250 ")
         assert reply(ftp, "SIZE missing").startswith("550 ")
+
+
+class Users(VFSHomes, DummyAuthorizer):
+    """pyftpdlib's authorizer with homes in a VFS."""
+
+
+class Impersonating(DummyAuthorizer):
+    """One that would change the process's user for each call, as pyftpdlib's UnixAuthorizer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def impersonate_user(self, username: str, password: str) -> None:
+        self.calls.append(username)
+
+
+@pytest.mark.parametrize("server", [VFSServer, *SERVERS])
+def test_users_of_pyftpdlibs_authorizers_are_at_home_in_the_vfs(
+    local_store: Store, ftp_server: Serve, server: type
+) -> None:
+    authorizer = Users()
+    authorizer.add_user("alice", "wonder", "/nowhere/alice", perm="elradfmwMT")
+    authorizer.override_perm("alice", "/nowhere/alice/in", "elrm")
+    handler = VFSHandler if server is VFSServer else FTPHandler
+    address = ftp_server(local_store, server_class=server, handler=handler, authorizer=authorizer)
+    with connect(address, "alice", "wonder") as ftp:
+        assert upload(ftp, "a", b"data").startswith("226 ")
+        assert ftp.mkd("in") == "/in"
+        assert reply(ftp, "STOR in/a").startswith("550 ")
+        assert (names(ftp), ftp.pwd()) == ({"a", "in"}, "/")
+    assert local_store.read("nowhere/alice/a") == b"data"
+
+
+def test_system_users_of_pyftpdlibs_authorizer_are_at_home_in_the_vfs(
+    local_store: Store, ftp_server: Serve, tmp_path: Path
+) -> None:
+    unix = getattr(pyftpdlib.authorizers, "UnixAuthorizer", None)
+    if unix is None or os.geteuid():
+        pytest.skip("needs shadow passwords: the superuser, and a Python before 3.13")
+    authorizer = type("SystemUsers", (VFSHomes, unix), {})(require_valid_shell=False)
+    authorizer.override_user("daemon", password="x", homedir="/nowhere/daemon")
+    address = ftp_server(
+        local_store,
+        handler=FTPHandler,
+        authorizer=authorizer,
+        attributes={"dtp_handler": VFSDTPHandler},
+        cache_mode="writes",
+        cache_dir=tmp_path / "cache",
+        write_back="0s",
+    )
+    with connect(address, "daemon", "x") as ftp:
+        assert upload(ftp, "a", b"data").startswith("226 ")
+        assert download(ftp, "a") == b"data"
+    wait_until(lambda: local_store.list() == {"nowhere/daemon/a"}, timeout=30)
+
+
+def test_an_authorizer_that_changes_the_processs_user_is_told_of_what_keeps_it(
+    local_store: Store, ftp_server: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    authorizer = Impersonating()
+    authorizer.add_user("user", "12345", "/", perm="elradfmwMT")
+    address = ftp_server(local_store, handler=FTPHandler, authorizer=authorizer)
+    with caplog.at_level(logging.WARNING, "ftpvfs"), connect(address, "user", "12345") as ftp:
+        assert names(ftp) == set()
+        wait_until(lambda: any("VFSHomes" in record.message for record in caplog.records))
+    assert authorizer.calls
+
+
+@pytest.mark.parametrize("server", [VFSServer, ThreadedFTPServer])
+def test_our_handler_never_changes_the_processs_user(local_store: Store, ftp_server: Serve, server: type) -> None:
+    authorizer = Impersonating()
+    authorizer.add_user("user", "12345", "/", perm="elradfmwMT")
+    with connect(ftp_server(local_store, server_class=server, authorizer=authorizer), "user", "12345") as ftp:
+        assert upload(ftp, "a", b"data").startswith("226 ")
+        assert names(ftp) == {"a"}
+    assert authorizer.calls == []
 
 
 @pytest.mark.parametrize("server", SERVERS)

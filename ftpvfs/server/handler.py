@@ -10,9 +10,10 @@ import errno
 import logging
 import posixpath
 import re
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from pyftpdlib.exceptions import FilesystemError
 from pyftpdlib.handlers.ftp.producers import BufferedIteratorProducer
@@ -33,6 +34,7 @@ from ftpvfs.server.tls import TLSControl
 from ftpvfs.server.transfer import INTERNAL_ERROR, NO_SPACE, Stage, TLS_VFSDTPHandler, VFSDTPHandler
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # pyftpdlib answers 550 to every failure, which tells a client not to try again. RFC 959, section 4.2: 4xx may be.
 TRY_AGAIN = {
@@ -114,6 +116,13 @@ class VFSHandler(Limited, PublicAddress, Parameters, Login):
     # The command that runs, its argument, and whom the client had named before: whose the next reply is.
     _running = ("", "", "")
     _local_address: tuple[Any, ...] | None = None
+
+    def run_as_current_user(self, function: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
+        """Call the filesystem as the server's own user, whatever the authorizer would change to (`impersonate_user`).
+
+        A call may park while the loop serves others, who would be served as this session's user then.
+        """
+        return function(*arguments, **keywords)
 
     # --- replies and the log
 
