@@ -92,7 +92,7 @@ class Option:
             return self.read(value, source)
         if isinstance(value, self.kind.objects):
             return value
-        if not isinstance(value, self.kind.natives) or (isinstance(value, bool) and self.kind is not BOOL):
+        if not isinstance(value, self.kind.natives) or (isinstance(value, bool) and bool not in self.kind.natives):
             raise ConfigError(f"{source}: {value!r} ({type(value).__name__}) is no {self.kind.name}")
         if value is None:
             return None
