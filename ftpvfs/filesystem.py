@@ -544,9 +544,9 @@ def _matching(found: list[str], pattern: Pattern) -> list[str]:
 
 def _impersonates(cmd_channel: Any) -> bool:
     """Tell whether the session's handler calls the filesystem as the user who has logged in."""
-    authorizer = cmd_channel.authorizer
     if getattr(type(cmd_channel), "run_as_current_user", None) is not FTPHandler.run_as_current_user:
         return False
+    authorizer = cmd_channel.authorizer
     keeps_user = type(authorizer).impersonate_user is DummyAuthorizer.impersonate_user
     return not keeps_user and getattr(authorizer, "impersonates", True)
 
