@@ -163,7 +163,8 @@ class VFSFilesystem(AbstractedFS):
         offload = getattr(self.cmd_channel, "offload", None)
         if offload is None:
             return call(*arguments)
-        return offload(self.vfs, partial(call, *arguments), changes=changes)  # type: ignore[no-any-return]
+        call = partial(call, *arguments)
+        return offload(self.vfs, call, changes=changes, at_least=self.vfs.least_wait)  # type: ignore[no-any-return]
 
     # --- paths
 

@@ -20,11 +20,15 @@ T = TypeVar("T")
 
 
 class Wait(enum.IntEnum):
-    """What a call may have to wait for; each includes those before it."""
+    """What a call may have to wait for; each includes those before it.
+
+    ANSWER is a store's answer that is waited for a few seconds at the most, STORE whatever takes as long as it takes.
+    """
 
     NOTHING = 0
     DISK = 1
-    STORE = 2
+    ANSWER = 2
+    STORE = 3
 
 
 class WouldWait(Exception):

@@ -272,6 +272,23 @@ def test_a_path_held_by_one_process_keeps_another_waiting_and_no_other_path(chil
 
 
 @BOTH
+def test_who_may_not_wait_for_a_path_is_told_that_somebody_holds_it(child, tmp_path):
+    locks = PathLocks(tmp_path)
+    other = child(_hold, tmp_path, "a")
+    assert other.hear() == "held"
+    with pytest.raises(BlockingIOError), locks.hold("b", "a", blocking=False):
+        pass
+    other.say()
+    assert other.hear() == "released"
+    with locks.hold("a", "b", blocking=False), pytest.raises(BlockingIOError):  # noqa: SIM117
+        with locks.hold("b", blocking=False):
+            pass
+    with locks.hold("b", blocking=False):
+        pass
+    assert lock_files(tmp_path) == []
+
+
+@BOTH
 def test_a_killed_holder_holds_nothing(child, tmp_path):
     first = child(_hold, tmp_path, "a", "b", "c")
     assert first.hear() == "held"

@@ -27,7 +27,7 @@ from ftpvfs.cache.downloader import Downloads, Reader
 from ftpvfs.cache.ranges import RangeSet
 from ftpvfs.errors import ECHANGED
 from ftpvfs.memory import MemoryBudget
-from ftpvfs.readiness import END
+from ftpvfs.readiness import END, Awaited
 from ftpvfs.vfs.cached import CachedReadHandle
 from tests.conftest import Store
 from tests.polling import awaited
@@ -196,6 +196,36 @@ def test_an_empty_file_is_read(store: Store, make: Callable[..., Cached]) -> Non
     with make(store).open("a") as handle:
         assert handle.read() == b""
         assert handle.poll() == END
+
+
+def test_files_are_filled_while_the_store_is_silent_about_the_hashes_of_others(
+    s3_store: Store, make: Callable[..., Cached]
+) -> None:
+    names = ["silent-1", "silent-2", "silent-3", "told"]
+    for name in names:
+        s3_store.write(name, pattern(10 * KIB))
+    cached = make(s3_store)
+    backend, hashes = cached.backend, dict[str, Future[Any]]()
+    entries = {name: backend.stat(name) for name in names}
+    backend.checksum = lambda entry: None  # as of an object in parts: the store must be asked
+
+    def ask_checksum(path: str, entry: Entry) -> Future[Any]:
+        hashes[path] = Future()
+        if path == "told":
+            hashes[path].set_result(None)
+        return hashes[path]
+
+    backend.ask_checksum = ask_checksum
+    with contextlib.ExitStack() as opened:
+        waiting = [opened.enter_context(cached.open(name, entries[name])) for name in names[:3]]
+        answers = [handle.poll() for handle in waiting]
+        wait_until(lambda: cached.downloads.stats()["requests"] == 3)
+        with cached.open("told", entries["told"]) as handle:
+            assert handle.read() == pattern(10 * KIB)
+        assert all(isinstance(answer, Awaited) and not answer.future.done() for answer in answers)
+        for name in names[:3]:
+            hashes[name].set_result(None)
+        assert all(handle.read() == pattern(10 * KIB) for handle in waiting)
 
 
 # --- requests

@@ -521,7 +521,7 @@ def test_what_waits_is_renamed_and_listed_while_the_store_is_away(
 def test_a_store_that_never_answers_keeps_nobody_from_handing_in_files(
     store: Store, make: Callable[..., Any], make_proxy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ftpvfs.vfs.patience.PATIENCE", 0.2)
+    monkeypatch.setattr("ftpvfs.vfs.questions.ANSWER_TIMEOUT", 0.2)
     proxy = make_proxy(store)
     vfs = make(store.proxied(proxy), "writes", timeout="1h")
     assert vfs.listdir() == []

@@ -27,7 +27,7 @@ from ftpvfs.backend.capability import GENERIC, OBJECT_STORE, Capability
 from ftpvfs.backend.checksum import Checksum
 from ftpvfs.backend.errors import oserror, secrets_in, secrets_in_url, translate, without_secrets
 from ftpvfs.backend.retry import Retry
-from ftpvfs.errors import ECHANGED, EUNSUPPORTED, failure
+from ftpvfs.errors import AWAY, ECHANGED, EUNSUPPORTED, failure
 from ftpvfs.memory import MemoryBudget
 from ftpvfs.waiting import Wait, about_to_wait
 
@@ -106,6 +106,8 @@ class Tuning:
     # A folder of this machine that no client may reach; "" is none.
     hidden: str = ""
     memory: MemoryBudget = field(default_factory=lambda: MemoryBudget(128 * 2**20))
+    # Called, in whichever thread, each time the store has answered a request, be it with a refusal. Must not wait.
+    answered: Callable[[], None] = lambda: None
 
 
 class Upload(Protocol):
@@ -459,7 +461,14 @@ class Backend(ABC):
         try:
             yield
         except Exception as error:
-            raise self.translated(error, path) from error
+            raise self.failed(error, path) from error
+
+    def failed(self, error: BaseException, path: str) -> OSError:
+        """Return the OSError for what a request has ended with; one that the store itself has said is an answer."""
+        known = self.translated(error, path)
+        if known.errno not in AWAY:
+            self.tuning.answered()
+        return known
 
     def translated(self, error: BaseException, path: str) -> OSError:
         """Return the OSError for `error`, without any secret in it."""
@@ -474,7 +483,9 @@ class Backend(ABC):
         """Run a blocking request with retries and translated errors."""
         about_to_wait(Wait.STORE)
         with self.errors(path):
-            return self.retry.call(operation)
+            outcome = self.retry.call(operation)
+        self.tuning.answered()
+        return outcome
 
 
 def open_backend(url: str, storage_options: Mapping[str, Any] | None = None, tuning: Tuning | None = None) -> Backend:

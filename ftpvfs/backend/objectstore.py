@@ -83,12 +83,14 @@ class ObjectStoreBackend(Backend):
 
     async def _guarded(self, path: str, request: Callable[[], Awaitable[T]]) -> T:
         try:
-            return await self.retry.acall(request)
+            outcome = await self.retry.acall(request)
         except Exception as error:
-            known = self.translated(error, path)
+            known = self.failed(error, path)
             if known.errno == ENOSTORE:
                 self._bucket_is_missing()
             raise known from error
+        self.tuning.answered()
+        return outcome
 
     def _bucket_is_missing(self) -> None:
         if self._is_bucket_seen:
@@ -236,6 +238,7 @@ class ObjectStoreBackend(Backend):
         found = not path
         async for page in self.pages(self.folder_key(path), delimiter="/"):
             self._is_bucket_seen = True
+            self.tuning.answered()  # a long listing is no silence
             found = found or page.found
             for entry in page.entries:
                 self._add(entries, entry, path)

@@ -400,6 +400,7 @@ class Cache:
 
     def drop_partials_below(self, folder: str) -> None:
         """Remove what came of interrupted uploads at and below a folder. Reads the records of all of them."""
+        about_to_wait(Wait.DISK)
         for record in self._journal.all_partials():
             if paths.is_within(record.path, folder):
                 self.drop_partial(record.path)

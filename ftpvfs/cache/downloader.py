@@ -557,7 +557,11 @@ class Downloader:
             flight.owner.pace.arrived(rate)
             begun = self._plan_locked(flight.owner)
         self._start(begun)
-        self._downloads.run(job)
+        if self._verifier is not None and self._is_whole(flight):
+            # Checked before anybody sees it: no thread of the pool, which all files share, waits for the store's hash.
+            self._verifier.begin(lambda: self._downloads.run(job))
+        else:
+            self._downloads.run(job)
 
     def _broken(self, flight: Flight, error: BaseException) -> None:
         """Note that no more will come; what came is written first. What comes later is not looked at."""

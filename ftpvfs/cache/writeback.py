@@ -30,6 +30,7 @@ from ftpvfs.config import VFSOptions
 from ftpvfs.coordination.bell import Bell
 from ftpvfs.coordination.locks import Leader, PathLocks
 from ftpvfs.errors import failure, reason_of
+from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +236,7 @@ class WriteBack:
         The path must not be held (`PathLocks`) by the caller.
         """
         while (record := self._cache.dirty(path)) is not None:
+            about_to_wait(Wait.STORE)
             self._take_turn(Turn(path))
             now = self._cache.dirty(path)
             if now is not None and now.generation == record.generation and now.tries > record.tries:

@@ -6,6 +6,7 @@ All are the system's: what holds one is a process, not a record of it that must 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -35,11 +36,14 @@ class ThreadLocks:
         self._paths: dict[str, tuple[threading.Lock, int]] = {}
 
     @contextlib.contextmanager
-    def hold(self, *paths: str) -> Iterator[None]:
-        """Hold all of the paths; wait for each that somebody else holds. Not to be nested."""
+    def hold(self, *paths: str, blocking: bool = True) -> Iterator[None]:
+        """Hold all of the paths; wait for each that somebody else holds. Not to be nested.
+
+        Not `blocking`: raises BlockingIOError instead of waiting.
+        """
         with contextlib.ExitStack() as held:
             for path in sorted(set(paths)):
-                held.enter_context(self._one(path))
+                held.enter_context(self._one(path, blocking=blocking))
             yield
 
     def hold_folders(self, *folders: str) -> contextlib.AbstractContextManager[None]:
@@ -47,13 +51,17 @@ class ThreadLocks:
         return self._folders.hold(alone=folders, together=_above(folders))
 
     @contextlib.contextmanager
-    def _one(self, path: str) -> Iterator[None]:
+    def _one(self, path: str, *, blocking: bool) -> Iterator[None]:
         with self._lock:
             lock, users = self._paths.get(path, (threading.Lock(), 0))
             self._paths[path] = (lock, users + 1)
         try:
-            with lock:
+            if not lock.acquire(blocking=blocking):
+                raise BlockingIOError(errno.EAGAIN, "Somebody else holds the path", path)
+            try:
                 yield
+            finally:
+                lock.release()
         finally:
             with self._lock:
                 lock, users = self._paths[path]
@@ -75,12 +83,15 @@ class PathLocks:
         self._folders = _FolderLocks(self._processes)
 
     @contextlib.contextmanager
-    def hold(self, *paths: str) -> Iterator[None]:
-        """Hold all of the paths; wait for each that somebody else holds. Not to be nested."""
+    def hold(self, *paths: str, blocking: bool = True) -> Iterator[None]:
+        """Hold all of the paths; wait for each that somebody else holds. Not to be nested.
+
+        Not `blocking`: raises BlockingIOError instead of waiting.
+        """
         digests = sorted({_digest(path) for path in paths})
-        with self._threads.hold(*paths), contextlib.ExitStack() as held:
+        with self._threads.hold(*paths, blocking=blocking), contextlib.ExitStack() as held:
             for digest in digests:
-                self._processes.hold(digest, held)
+                self._processes.hold(digest, held, blocking=blocking)
             yield
 
     @contextlib.contextmanager
@@ -207,13 +218,18 @@ class _RangeLocks:
         self._users = 0
         self._is_closing = False
 
-    def hold(self, digest: bytes, held: contextlib.ExitStack, *, together: bool = False) -> None:
-        """Lock what has the digest, until `held` is left; `together`: with all others who do so, too."""
+    def hold(
+        self, digest: bytes, held: contextlib.ExitStack, *, together: bool = False, blocking: bool = True
+    ) -> None:
+        """Lock what has the digest, until `held` is left; `together`: with all others who do so, too.
+
+        Not `blocking`: raises BlockingIOError instead of waiting.
+        """
         file = self._use()
         held.callback(self._leave, file)
         place = int.from_bytes(digest[:8], "little") >> 2
         kind = fcntl.F_RDLCK if together else fcntl.F_WRLCK
-        fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLKW, _flock(kind, place))
+        fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLKW if blocking else fcntl.F_OFD_SETLK, _flock(kind, place))
         held.callback(self._let_go, file, place)
 
     def _let_go(self, file: LockFile, place: int) -> None:
@@ -268,16 +284,18 @@ class _FileLocks:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._sweep()
 
-    def hold(self, digest: bytes, held: contextlib.ExitStack, *, together: bool = False) -> None:
+    def hold(
+        self, digest: bytes, held: contextlib.ExitStack, *, together: bool = False, blocking: bool = True
+    ) -> None:
         """Lock what has the digest, until `held` is left. `together` is alone here: a file that goes with its holder
-        cannot have several.
+        cannot have several. Not `blocking`: raises BlockingIOError instead of waiting.
         """
-        held.callback(_remove, self._acquire(str(self._folder / digest.hex())))
+        held.callback(_remove, self._acquire(str(self._folder / digest.hex()), blocking=blocking))
 
     def close(self) -> None:
         """Nothing is open but what is held."""
 
-    def _acquire(self, path: str) -> LockFile:
+    def _acquire(self, path: str, *, blocking: bool) -> LockFile:
         """Lock the file; when its former holder has removed it meanwhile, the one that stands there now."""
         while True:
             try:
@@ -286,7 +304,10 @@ class _FileLocks:
                 self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 continue
             try:
-                file.lock()
+                if not blocking and not file.try_lock():
+                    raise BlockingIOError(errno.EAGAIN, "Somebody else holds the lock", path)
+                if blocking:
+                    file.lock()
                 if file.is_in_place():
                     return file
             except BaseException:

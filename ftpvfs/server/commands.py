@@ -20,6 +20,7 @@ from pyftpdlib.exceptions import _RetryError
 from pyftpdlib.handlers import FTPHandler
 
 from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
+from ftpvfs.waiting import Wait
 
 T = TypeVar("T")
 
@@ -81,18 +82,21 @@ class Commands(FTPHandler):
         """Whether a command that waits leaves the loop to others."""
         return self._offload is not None
 
-    def offload(self, owner: Hashable, call: Callable[[], T], *, changes: bool = False) -> T:
+    def offload(
+        self, owner: Hashable, call: Callable[[], T], *, changes: bool = False, at_least: Wait = Wait.STORE
+    ) -> T:
         """Make a call that may have to wait: `owner` is the store that it waits for (a VFS), or the name of a lane.
 
-        A call that `changes` something is made in full whatever becomes of the session, any other is tried at once and
-        given up when the client leaves. Where the session has a thread or process of its own, it is just made.
+        A call that `changes` something is made in full whatever becomes of the session, and waits for `at_least`; any
+        other is tried at once and given up when the client leaves. Where the session has a thread or process of its
+        own, it is just made.
         """
         task = current_task()
         if task is None:
             return call()
         if self._closed:
             raise Abandoned
-        return task.call(owner, call, changes=changes)
+        return task.call(owner, call, changes=changes, at_least=at_least)
 
     # --- reading
 

@@ -5,7 +5,9 @@ greenlet, of which a few are kept, since a new one takes memory of the system. W
 once, since the caches mostly know; else it is handed to a thread of a *lane*, the loop goes on with others, and the
 task is resumed with the outcome. Outside a task everything just runs.
 
-Each store has a lane of its own, so that those who wait for a dead one do not use up the threads of another.
+What a call waits for decides its lane. All that needs this machine's disk alone shares one, which no store can fill.
+Each store has two of its own, so that those who wait for a dead one do not use up the threads of another: one for what
+waits as long as it takes, one for what waits for a few seconds at the most.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ BANS = "bans"
 # Threads of one lane. Those of a store wait for its answers; two hashes of a password fill two processors.
 MOST_THREADS = {DISK: 64, PASSWORDS: 2}
 MOST_STORE_THREADS = 32
+# As many as there may be questions that are waited for a few seconds.
+MOST_ANSWER_THREADS = 64
 # Calls that wait in a lane until they are begun, and tasks that wait for a turn of one key: beyond it nobody waits.
 MOST_QUEUED = 512
 MOST_IN_TURN = 64
@@ -134,13 +138,18 @@ class Lane:
             return None
 
 
+# What a call waits for -> the lane in which it does so.
+Lanes = dict[Wait, Lane]
+
+
 class Offload:
     """Where the tasks of one event loop wait. The loop's own thread, but for `Lane`."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._lanes: weakref.WeakKeyDictionary[Any, Lane] = weakref.WeakKeyDictionary()
-        self._named: dict[str, Lane] = {}
+        self._disk = Lane("ftpvfs-disk", MOST_THREADS[DISK], Wait.DISK)
+        self._lanes: weakref.WeakKeyDictionary[Any, Lanes] = weakref.WeakKeyDictionary()
+        self._named: dict[str, Lanes] = {}
         self._parked: set[Task] = set()
         self._turns: dict[Hashable, _Turns] = {}
         self._idle: list[_Carrier] = []
@@ -152,16 +161,29 @@ class Offload:
         """How many tasks wait at the moment."""
         return len(self._parked)
 
-    def lane(self, owner: Hashable) -> Lane:
-        """Return the lane of a store (its VFS), or the one called `DISK`, `PASSWORDS` or any other name."""
-        lanes: Any = self._named if isinstance(owner, str) or owner is None else self._lanes
+    def lanes(self, owner: Hashable) -> Lanes:
+        """Return the lanes of a store (its VFS), or those of `PASSWORDS` or any other name, by what they wait for."""
+        known: Any = self._named if isinstance(owner, str) or owner is None else self._lanes
         owner = owner or "store"
-        lane: Lane | None = lanes.get(owner)
-        if lane is None:
-            name = owner if isinstance(owner, str) else "store"
-            most = MOST_THREADS.get(name, MOST_STORE_THREADS)
-            lane = lanes[owner] = Lane(f"ftpvfs-{name}", most, Wait.DISK if owner == DISK else Wait.STORE)
-        return lane
+        lanes: Lanes | None = known.get(owner)
+        if lanes is None:
+            lanes = known[owner] = self._new_lanes(owner if isinstance(owner, str) else "store")
+        return lanes
+
+    def _new_lanes(self, name: str) -> Lanes:
+        """Make the lanes of one owner; their threads are started when they are needed."""
+        if name == DISK:
+            return dict.fromkeys(Wait, self._disk)
+        return {
+            Wait.NOTHING: self._disk,
+            Wait.DISK: self._disk,
+            Wait.ANSWER: Lane(f"ftpvfs-{name}-answers", MOST_ANSWER_THREADS, Wait.ANSWER),
+            Wait.STORE: Lane(f"ftpvfs-{name}", MOST_THREADS.get(name, MOST_STORE_THREADS), Wait.STORE),
+        }
+
+    def lane(self, owner: Hashable, need: Wait = Wait.STORE) -> Lane:
+        """Return the lane for calls of an owner that wait for `need`."""
+        return self.lanes(owner)[need]
 
     def tidy_turns(self, key: Hashable) -> None:
         """Forget the turns of a key that nobody has any more."""
@@ -173,8 +195,11 @@ class Offload:
         """Return a new task, to be started; `work` deals with its own exceptions, `Abandoned` among them."""
         return Task(self, work)
 
-    def later(self, owner: Hashable, call: Callable[[], object]) -> Future[None]:
-        """Have a call made by a thread of the owner's lane; its failure is logged. Return what is done when it is."""
+    def later(self, owner: Hashable, call: Callable[[], object], need: Wait = Wait.STORE) -> Future[None]:
+        """Have a call that waits for `need` at the most made by a thread; its failure is logged.
+
+        Returns what is done when it is.
+        """
         done: Future[None] = Future()
         self._later.add(done)
         done.add_done_callback(self._later.discard)
@@ -187,7 +212,7 @@ class Offload:
             finally:
                 done.set_result(None)
 
-        self.lane(owner).submit(work)
+        self.lane(owner, need).submit(work)
         return done
 
     def close(self) -> None:
@@ -198,8 +223,10 @@ class Offload:
         while self._idle:
             self._idle.pop().throw()
         wait(list(self._later), LAST_WORDS)
-        for lane in [*self._lanes.values(), *self._named.values()]:
-            lane.close()
+        for lanes in [*self._lanes.values(), *self._named.values()]:
+            for lane in lanes.values():
+                lane.close()
+        self._disk.close()
 
 
 class _Carrier(greenlet):
@@ -313,20 +340,22 @@ class Task:
 
     # --- within the task
 
-    def call(self, owner: Hashable, call: Callable[[], T], *, changes: bool = False) -> T:
+    def call(
+        self, owner: Hashable, call: Callable[[], T], *, changes: bool = False, at_least: Wait = Wait.STORE
+    ) -> T:
         """Return the outcome of a call; at once where it need not wait, else parked meanwhile.
 
         A call that `changes` something goes to a thread and to its end, whoever leaves: only then is known what came
-        of it.
+        of it. It begins where one waits for `at_least`, and has changed nothing yet when it turns out to wait for more.
         """
-        need = Wait.STORE
+        need = at_least
         if not changes:
             try:
                 return without_waiting(call)
             except WouldWait as would:
                 need = would.need
         errand = _Errand(call, self, None if changes else Job())
-        errand.go(DISK if need is Wait.DISK else owner, owner)
+        errand.go(self._offload.lanes(owner), need)
         outcome: Future[T] = self._park(errand.job)
         return outcome.result()
 
@@ -335,11 +364,12 @@ class Task:
 
         Raises Crowded where too many wait for the owner's threads.
         """
-        lane = self._offload.lane(owner)
+        lanes = self._offload.lanes(owner)
+        lane = lanes[Wait.STORE]
         if lane.queued >= MOST_QUEUED:
             raise Crowded
         errand = self._errand = _Errand(call, self, None)
-        work = partial(errand._run, lane)
+        work = partial(errand._run, lanes)
 
         def drop() -> None:
             errand.is_over = lane.drop(work)
@@ -445,19 +475,19 @@ class _Errand:
         # Called on the loop once a thread is through with it.
         self.ended: Callable[[], object] | None = None
 
-    def go(self, lane: Hashable, store: Hashable) -> None:
-        """Have it made in a lane; one that turns out to need the store is made again in the store's."""
-        self._offload.lane(lane).submit(partial(self._run, self._offload.lane(store)))
+    def go(self, lanes: Lanes, need: Wait) -> None:
+        """Have it made where one waits for `need`; one that turns out to wait for more is made again in that lane."""
+        lanes[need].submit(partial(self._run, lanes))
 
-    def _run(self, store: Lane) -> None:
+    def _run(self, lanes: Lanes) -> None:
         outcome: Future[Any] = Future()
         try:
             if self.job is not None and self.job.is_cancelled:
                 return
             with working_for(self.job):
                 outcome.set_result(self._call())
-        except WouldWait:
-            store.submit(partial(self._run, store))
+        except WouldWait as would:
+            self.go(lanes, would.need)
             return
         except BaseException as error:  # noqa: BLE001 - raised in the task
             outcome.set_exception(error)

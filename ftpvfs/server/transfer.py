@@ -34,7 +34,7 @@ from ftpvfs.server.offload import Abandoned, Offload, Task, current_task
 from ftpvfs.server.source import SEND, STEP, FileSource, NetworkText, TLSSource, ViewSource
 from ftpvfs.server.throttle import Rate, Rates, Throttle
 from ftpvfs.server.tls import TLSData
-from ftpvfs.waiting import WouldWait, without_waiting
+from ftpvfs.waiting import Wait, WouldWait, without_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class VFSDTPHandler(DTPHandler):
     # pyftpdlib's own.
     cmd: str | None
     _lastdata: int
+    _had_cr: bool
     _resp: Any
     file_obj: Any
     _current_io_events: int
@@ -346,7 +347,8 @@ class VFSDTPHandler(DTPHandler):
 
     def _publish(self) -> None:
         if self._had_cr:  # pyftpdlib keeps a CR back to see whether an LF follows, and forgets the last one
-            self.file_obj.write(b"\r")
+            getattr(self.file_obj, "accept", self.file_obj.write)(b"\r")
+            self._had_cr = False  # this may be called again, where committing has to wait
         if hasattr(self.file_obj, "commit"):
             self.file_obj.commit(self._confirm)
         else:
@@ -367,8 +369,8 @@ class VFSDTPHandler(DTPHandler):
             self.stage = stage
             self._settled(last_step)
             return
-        store = self._store
-        task = offload.task(lambda: self._settled(lambda: task.call(store, last_step, changes=True)))
+        store, need = self._store, getattr(self.file_obj, "last_step_waits_for", Wait.STORE)
+        task = offload.task(lambda: self._settled(lambda: task.call(store, last_step, changes=True, at_least=need)))
         if self.stage is not Stage.SETTLING:  # it may be decided already
             self.stage = stage
         task.start()
@@ -638,8 +640,9 @@ class VFSDTPHandler(DTPHandler):
         file = self.file_obj
         if file is None or file.closed:
             return
-        if self._offload is not None and not getattr(file, "closes_at_once", False):
-            self.cmd_channel.given_up = self._offload.later(self._store, getattr(file, "abandon", file.close))
+        need = getattr(file, "abandon_waits_for", Wait.STORE)
+        if self._offload is not None and need is not Wait.NOTHING:
+            self.cmd_channel.given_up = self._offload.later(self._store, getattr(file, "abandon", file.close), need)
             return
         try:
             file.close()

@@ -278,6 +278,7 @@ class Preparing(Generic[D]):
         self._run = run
         self._abandon_draft = give_up
         self._tries = 0
+        self._filling: Future[None] | None = None
         self._lock = threading.Lock()
         # Protected by _lock.
         self._draft: D | None = None
@@ -289,7 +290,13 @@ class Preparing(Generic[D]):
         if self._base is None:
             self._run(self._make)
             return
-        self._base.fill().add_done_callback(self._filled)
+        self._filling = self._base.fill()
+        self._filling.add_done_callback(self._filled)
+
+    @property
+    def waits_for(self) -> Wait:
+        """What it waits for: the store, as long as the base is not here in full."""
+        return Wait.STORE if self._filling is not None and not self._filling.done() else Wait.DISK
 
     def draft(self) -> D:
         """Return the draft, once; raises why there is none."""
@@ -342,6 +349,9 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
     there, nothing is published. `admit(more)` raises why there is no room for so many bytes more (0: nobody knows how
     many), or returns a future to await before it is asked again.
     """
+
+    last_step_waits_for = Wait.DISK
+    abandon_waits_for = Wait.DISK
 
     def __init__(
         self,
@@ -538,7 +548,7 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         """Return the draft; waits for the base."""
         while not self._is_prepared():
             assert self._preparing is not None
-            about_to_wait(Wait.STORE)
+            about_to_wait(self._preparing.waits_for)
             shared_result_of(self._preparing.done, self.path)
         while not self._is_ready():
             assert self._late is not None

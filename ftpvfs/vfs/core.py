@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ftpvfs import paths
-from ftpvfs.backend.backend import Backend, Entry, Tuning, open_backend, protocol_of
+from ftpvfs.backend.backend import Backend, Entry, Tuning, display_url, open_backend, protocol_of
 from ftpvfs.backend.capability import Capability
 from ftpvfs.backend.chunks import ChunkPolicy
 from ftpvfs.cache.cache import Cache
@@ -32,9 +32,10 @@ from ftpvfs.coordination.lockfile import LockFile
 from ftpvfs.coordination.locks import PathLocks, ThreadLocks
 from ftpvfs.errors import AWAY, failure
 from ftpvfs.memory import MemoryBudget
+from ftpvfs.vfs.breaker import CircuitBreaker
 from ftpvfs.vfs.dircache import OUTDATED, DirCache, Outdated
-from ftpvfs.vfs.patience import Patience
 from ftpvfs.vfs.pending import Pending, is_local, local_entry
+from ftpvfs.vfs.questions import Questions
 from ftpvfs.vfs.times import Times
 from ftpvfs.waiting import Wait, about_to_wait
 
@@ -59,6 +60,8 @@ class Core:
     ) -> None:
         self.options = options
         self.memory = MemoryBudget(options.max_buffer_memory)
+        self.breaker = CircuitBreaker(display_url(url), clock)
+        self.questions = Questions(self.breaker, clock)
         self.backend = self._open_backend(url, storage_options)
         self.policy = ChunkPolicy.from_options(
             buffer_size=options.buffer_size,
@@ -82,11 +85,12 @@ class Core:
             serves_old=options.cache_mode != "off",
             here=self._here,
             newest=self._newest,
+            known_here=self._known_here,
+            optional=self.questions.ask,
             clock=clock,
             feed=self.feed,
         )
         self.backend.when_gone = lambda: self.later(self.dirs.forget)
-        self.patience = Patience()
         self.count: Counter[str] = Counter()
         self.marks_folders = marks_folders(self.backend.capability, options)
         self.keeps_folders = not self.marks_folders
@@ -95,6 +99,9 @@ class Core:
         self._index_lock = threading.Lock()
         self._index: Index | None = None
         self._closing = threading.Event()
+        self._keeping_lock = threading.Lock()
+        # Folders that may have to be kept once the store says so: whether somebody has asked since. Protected by it.
+        self._keeping: dict[str, bool] = {}
         self._threads: list[threading.Thread] = []
         self._hashing = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="ftpvfs-hash")
         self._cache_feed: ChangeFeed | None = None
@@ -115,6 +122,7 @@ class Core:
             follow_links=options.copy_links,
             hidden=options.cache_dir,
             memory=self.memory,
+            answered=self.breaker.answered,
         )
         return open_backend(url, storage_options, tuning)
 
@@ -211,6 +219,7 @@ class Core:
         """Stop the threads and release everything."""
         self.stop()
         self._closing.set()
+        self.questions.close()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=10)
@@ -265,19 +274,30 @@ class Core:
             return self._index
 
     @contextlib.contextmanager
-    def writer(self, *names: str) -> Iterator[None]:
+    def writer(self, *names: str, asks_store: bool = True) -> Iterator[None]:
         """Be the one writer of each path, in all processes: a commit, a delete and a rename of one object take turns.
 
-        After a failure nobody knows what the store has there, so nothing cached is trusted any more.
+        After a failure nobody knows what the store has there, so nothing cached is trusted any more. Who does not ask
+        the store meanwhile does not wait for it either, unless somebody else holds a path, who may.
         """
-        about_to_wait(Wait.STORE)
-        with self._locks.hold(*names):
+        if asks_store:
+            about_to_wait(Wait.STORE)
+        with contextlib.ExitStack() as held:
+            self._hold_until(held, names)
             try:
                 yield
             except OSError:
                 for path in names:
                     self.dirs.doubt(path)
                 raise
+
+    def _hold_until(self, held: contextlib.ExitStack, names: Collection[str]) -> None:
+        """Hold paths until `held` is left; whoever holds one already may be waiting for the store."""
+        try:
+            held.enter_context(self._locks.hold(*names, blocking=False))
+        except BlockingIOError:
+            about_to_wait(Wait.STORE)
+            held.enter_context(self._locks.hold(*names))
 
     # --- what is dirty
 
@@ -369,10 +389,12 @@ class Core:
             self.parts.cache.supersede(target)
             self.parts.cache.rename_item(source, target, entry)
 
-    def settle(self, path: str) -> None:
-        """Have the deletions at and directly below a path done, before the store makes or removes a folder there."""
+    def settle(self, path: str, *, below: bool = True) -> None:
+        """Have the deletion at a path done, before a folder is made there; and those directly below it, before the
+        store makes or removes one.
+        """
         if self.pending is not None:
-            self.pending.settle(path)
+            self.pending.settle(path, below=below)
 
     # --- the store's answers, with what it cannot know
 
@@ -392,6 +414,13 @@ class Core:
     def _here(self, path: str) -> list[Entry]:
         """Return the files in a folder that wait here; nothing is asked of the store."""
         return self.pending.overlay(path, []) if self.pending is not None else []
+
+    def _known_here(self, path: str) -> Entry | None:
+        """Return what is at a path whatever the store says, None where only the store knows; ENOENT: it is deleted."""
+        found = self.pending.find(path) if self.pending is not None else None
+        if found is None and path and self._is_kept(path):
+            return Entry(paths.split(path)[1], is_dir=True)
+        return found
 
     def _stat(self, path: str) -> Entry:
         found = self.pending.find(path) if self.pending is not None else None
@@ -436,6 +465,35 @@ class Core:
                 self.backend.mkdir(path)
         if is_new:
             self.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True))
+
+    def keep_folder_of_waiting(self, path: str) -> None:
+        """As `keep_folder`, for one whose last file the store never got; nobody waits for the store to be asked."""
+        if self.keeps_folders or self.backend.capability.answers_at_once:
+            self.keep_folder(path)
+            return
+        with self._keeping_lock:
+            is_under_way = path in self._keeping
+            self._keeping[path] = True
+        if not is_under_way:
+            self.later(lambda: self._keep_while_asked(path))
+
+    def _keep_while_asked(self, path: str) -> None:
+        try:
+            while self._is_asked_to_keep(path):
+                self.keep_folder(path)
+        except BaseException:
+            with self._keeping_lock:
+                self._keeping.pop(path, None)
+            raise
+
+    def _is_asked_to_keep(self, path: str) -> bool:
+        """Take note that all who have asked so far are served; False where nobody has asked since."""
+        with self._keeping_lock:
+            if self._keeping[path]:
+                self._keeping[path] = False
+                return True
+            del self._keeping[path]
+            return False
 
     def make_folder(self, path: str) -> None:
         """Make a folder where the store, or else the index, remembers it."""

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ftpvfs import paths
 from ftpvfs.backend.backend import Entry
@@ -48,6 +48,13 @@ class Outdated(enum.Enum):
 
 
 OUTDATED = Outdated.OUTDATED
+
+
+class Ask(Protocol):
+    """Asks what a caller can do without."""
+
+    def __call__(self, question: Callable[[], Any], path: str, *, while_it_answers: bool) -> Any:
+        """Return the answer; ETIMEDOUT where the store says nothing."""
 
 
 class Listing:
@@ -104,6 +111,8 @@ class _Folder:
     entries: dict[str, Entry] | None = None
     missing: bool = False
     read_at: float = float("-inf")
+    # When nothing was there, for a folder that was made here and never listed; `singles` has all that came since.
+    empty_at: float = float("-inf")
     # The flight that brought the entries; what left before it knows less.
     flight: int = 0
     used_at: float = 0.0
@@ -136,9 +145,11 @@ class DirCache:
 
     `read(path)` lists a folder and `stat(path)` asks for one name; both raise ENOENT. `feed` tells other processes of
     what is changed here, and this one of theirs; None: nobody else changes anything that must be seen at once.
-    `here(path)` returns what is known of a folder without the store, for one that was never listed while it is away.
+    `here(path)` returns what is known of a folder without the store, for one that was never listed while it is away,
+    and `known_here(path)` what is at one path whatever the store says (None: only the store knows; ENOENT: nothing).
     `newest(path, entry)` returns what is at a path now, where somebody says that it is `entry`, and OUTDATED where that
     is not true any more and what came after it was told, or will be. It is called with the cache's lock held.
+    `optional(question, path)` asks what there is an old answer to, and raises ETIMEDOUT before anybody is kept waiting.
     """
 
     def __init__(
@@ -153,6 +164,8 @@ class DirCache:
         serves_old: bool = False,
         here: Callable[[str], list[Entry]] = lambda _: [],
         newest: Callable[[str, Entry | None], Entry | Outdated | None] = lambda _, entry: entry,
+        known_here: Callable[[str], Entry | None] = lambda _: None,
+        optional: Ask | None = None,
         clock: Clock = SYSTEM_CLOCK,
         feed: ChangeFeed | None = None,
     ) -> None:
@@ -165,6 +178,8 @@ class DirCache:
         self._serves_old = serves_old
         self._here = here
         self._newest = newest
+        self._known_here = known_here
+        self._optional = optional
         self._clock = clock
         self._feed = feed
         # Held, before _lock, while a change is made here and then told: others hear of changes in the order in which
@@ -191,8 +206,9 @@ class DirCache:
                 if folder.missing:
                     raise failure(errno.ENOENT, path)
                 return self._listing_locked(folder)
+        is_old = not fresh and self._listed_once(path) is not None
         try:
-            return self._once("list", path, self._read_folder, fresh=fresh)  # type: ignore[no-any-return]
+            return self._asked("list", path, self._read_folder, fresh=fresh, optional=is_old)  # type: ignore[no-any-return]
         except OSError as error:
             old = None if fresh or error.errno not in AWAY else self._old_listing(path)
             if old is None:
@@ -200,13 +216,34 @@ class DirCache:
             logger.info("%r is shown as it was: %s", path, error)
             return old
 
-    def _old_listing(self, path: str) -> Listing | None:
-        """Return what was last known of a folder, where that is better than nothing."""
+    def _asked(
+        self, kind: str, path: str, request: Callable[[_Flight], Any], *, fresh: bool = False, optional: bool
+    ) -> Any:
+        """As `_once`; nobody waits long for a store that may be silent where the answer is `optional`."""
+
+        def question() -> Any:
+            return self._once(kind, path, request, fresh=fresh)
+
+        if self._optional is None or self._answers_at_once or not optional:
+            return question()
+        return self._optional(question, path, while_it_answers=True)
+
+    def _listed_once(self, path: str) -> Listing | None:
+        """Return the listing of a folder that was listed or made here at some time, if an old one is better than none.
+        """
         with self._lock:
             folder = self._folders.get(path)
-            is_known = self._serves_old and folder is not None and folder.entries is not None
-            if is_known:
-                return self._listing_locked(folder)  # type: ignore[arg-type]
+            if not self._serves_old or folder is None:
+                return None
+            if self._was_empty(folder):
+                return Listing({name: entry for name, (entry, _) in folder.singles.items() if entry is not None})
+            return None if folder.entries is None else self._listing_locked(folder)
+
+    def _old_listing(self, path: str) -> Listing | None:
+        """Return what was last known of a folder, where that is better than nothing."""
+        old = self._listed_once(path)
+        if old is not None:
+            return old
         here = {entry.name: entry for entry in self._here(path)}
         return Listing(here) if here else None
 
@@ -233,7 +270,7 @@ class DirCache:
         parent, name = paths.split(path)
         parent = self.real_name(parent)
         path = paths.join(parent, name)
-        if not self._folds(name):
+        if not self._folds(name) or self.is_free(path):
             return path
         try:
             return paths.join(parent, self.lookup(path).name)
@@ -253,9 +290,20 @@ class DirCache:
 
     def lacks(self, path: str) -> bool:
         """Tell whether it is known, without asking the store, that nothing is at the path."""
-        return bool(path) and self._known(*paths.split(path)) == (True, None)
+        return bool(path) and self._cached(*paths.split(path)) == (True, None)
 
     def _known(self, parent: str, name: str) -> tuple[bool, Entry | None]:
+        """Return whether the store need not be asked for the name, and what is there."""
+        known, entry = self._cached(parent, name)
+        if known:
+            return known, entry
+        try:
+            entry = self._known_here(paths.join(parent, name))
+        except FileNotFoundError:
+            return True, None
+        return entry is not None, entry
+
+    def _cached(self, parent: str, name: str) -> tuple[bool, Entry | None]:
         """Return whether the cache can answer for the name, and its answer."""
         with self._lock:
             self._catch_up_locked()
@@ -273,8 +321,11 @@ class DirCache:
         return True, listing.find(name, self._fold)
 
     def _ask_or_remember(self, parent: str, name: str) -> Entry | None:
+        """Ask the store for a name; where it is away return the entry that the name had at last."""
+        old = self._listed_once(parent)
+        is_optional = old is not None and name in old.entries
         try:
-            return self._ask(parent, name)
+            return self._ask(parent, name, optional=is_optional)
         except OSError as error:
             old = self._old_listing(parent) if error.errno in AWAY else None
             entry = None if old is None else old.entries.get(name)
@@ -282,14 +333,15 @@ class DirCache:
                 raise
             return entry
 
-    def _ask(self, parent: str, name: str) -> Entry | None:
+    def _ask(self, parent: str, name: str, *, optional: bool) -> Entry | None:
         if self._folds(name) or self._listing_pays(parent):
             try:
                 listing = self.listing(parent)
             except FileNotFoundError:
                 return None
             return listing.find(name, self._fold) if self._folds(name) else listing.entries.get(name)
-        return self._once("stat", paths.join(parent, name), self._read_single)  # type: ignore[no-any-return]
+        path = paths.join(parent, name)
+        return self._asked("stat", path, self._read_single, optional=optional)  # type: ignore[no-any-return]
 
     def _listing_pays(self, parent: str) -> bool:
         """Count a question for a single name; tell whether so many came that one listing is cheaper."""
@@ -410,6 +462,7 @@ class DirCache:
     def _answered_locked(self, folder: _Folder, flight: _Flight, now: float, *, missing: bool) -> None:
         folder.missing = missing
         folder.read_at = now
+        folder.empty_at = float("-inf")
         folder.flight = flight.number
         folder.singles.clear()
         folder.asked.clear()
@@ -465,14 +518,63 @@ class DirCache:
 
         Where it has changed again since the caller learned of `entry`, what is there now (`newest`) is shown.
         """
+        self._change(path, entry)
+
+    def made(self, path: str, entry: Entry) -> None:
+        """As `changed`, for a folder that was made here: where it is known that nothing was there, nothing is in it."""
+        self._change(path, entry, is_made=True)
+
+    def _change(self, path: str, entry: Entry | None, *, is_made: bool = False) -> None:
         with self._telling:
             with self._lock:
                 self._catch_up_locked()
                 now = self._newest(path, entry)
                 if now is OUTDATED:
                     return
-                self._changed_locked(path, now)
-            self._publish({"path": path, "entry": None if now is None else asdict(now)})
+                self._show_locked(path, now, is_made=is_made)
+            change = {"path": path, "entry": None if now is None else asdict(now)}
+            self._publish({**change, "is_made": True} if is_made else change)
+
+    def _show_locked(self, path: str, now: Entry | None, *, is_made: bool) -> None:
+        if is_made and now is not None and now.is_dir:
+            self._made_locked(path, now)
+        else:
+            self._changed_locked(path, now)
+
+    def _made_locked(self, path: str, entry: Entry) -> None:
+        since = self._absent_since_locked(path)
+        self._changed_locked(path, entry)
+        folder = self._folder(path)
+        if folder.entries is None:
+            folder.empty_at = since
+            folder.singles.clear()
+
+    def _absent_since_locked(self, path: str) -> float:
+        """Return when it was found that nothing is at the path; before all times where that is not known."""
+        parent, name = paths.split(path)
+        folder = self._folder(parent)
+        if self._is_current(folder):
+            return folder.read_at if folder.missing or name not in (folder.entries or {}) else float("-inf")
+        entry, asked_at = folder.singles.get(name, (None, folder.empty_at))
+        return asked_at if entry is None else float("-inf")
+
+    def is_free(self, path: str) -> bool:
+        """Tell whether nothing is at the path, since its folder was made here where nothing was.
+
+        Good for those who bring a file; who looks at the folder asks the store what others have put there meanwhile.
+        """
+        parent, name = paths.split(path)
+        with self._lock:
+            self._catch_up_locked()
+            folder = self._folders.get(parent)
+            if folder is None or not self._was_empty(folder):
+                return False
+            known = [each for each, (entry, _) in folder.singles.items() if entry is not None]
+        return name not in known and not (self._folds(name) and self._fold(name) in map(self._fold, known))
+
+    def _was_empty(self, folder: _Folder) -> bool:
+        """Tell whether the folder was made here a while ago, so that all that is in it is known by its single names."""
+        return folder.entries is None and self._is_young(folder.empty_at, self._clock.monotonic())
 
     def _changed_locked(self, path: str, entry: Entry | None, *, asked: int | None = None) -> None:
         """The path is `entry` now; or was, when a flight of the number `asked` left, and later ones know better."""
@@ -560,7 +662,7 @@ class DirCache:
             # The other process may have told of it late, behind what somebody else has changed since.
             now = self._newest(path, None if known is None else Entry(**known))
             if now is not OUTDATED:
-                self._changed_locked(path, now)
+                self._show_locked(path, now, is_made=change.get("is_made", False))
         elif "forget" in change:
             self._drop_locked(change["forget"])
         elif "doubt" in change:
@@ -640,6 +742,7 @@ class DirCache:
         folder.singles[name] = (entry, now)
         if len(folder.singles) > SINGLES_KEPT:
             del folder.singles[next(iter(folder.singles))]  # the oldest
+            folder.empty_at = float("-inf")
 
     def _fold(self, name: str) -> str:
         return paths.folded(name, case=self._fold_case, unicode=self._fold_unicode)

@@ -24,7 +24,7 @@ from ftpvfs.backend.backend import Entry, OpenFile, Upload
 from ftpvfs.errors import GONE, failure
 from ftpvfs.readiness import END, Bytes, Readiness
 from ftpvfs.vfs.readahead import ReadAhead
-from ftpvfs.waiting import Wait, about_to_wait
+from ftpvfs.waiting import Wait, WouldWait, about_to_wait
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -55,8 +55,9 @@ class Handle(io.RawIOBase):
 
     # What gzip and others look at.
     mode = "rb"
-    # Whether `close` need not be left to a thread by who must not wait.
-    closes_at_once = False
+    # What the last step of a transfer (`commit`, `verify`) waits for at the least, and what `abandon` waits for.
+    last_step_waits_for = Wait.STORE
+    abandon_waits_for = Wait.STORE
 
     def __init__(self, path: str, name: str) -> None:
         super().__init__()
@@ -182,7 +183,8 @@ class Handle(io.RawIOBase):
 class ReadingHandle(Handle):
     """What all files have in common that are read: one version, and a position in it."""
 
-    closes_at_once = True
+    last_step_waits_for = Wait.DISK
+    abandon_waits_for = Wait.NOTHING
     entry: Entry
 
     def __init__(self, path: str, name: str, *, seekable: bool = True) -> None:
@@ -414,7 +416,8 @@ class WritingHandle(Handle):
         """Publish what was written, whole; on return it is where the open mode promises, and the handle is closed.
 
         Raises what went wrong, also with an earlier write; the file that was there before then still is. `confirm` is
-        called when all is ready and nobody sees the file yet; it may wait, and what it raises gives the file up.
+        called when all is ready and nobody sees the file yet; it may wait, and what it raises gives the file up. Where
+        this thread may not wait (WouldWait) nothing has happened, and one that may calls again.
         """
         if self.committed:
             return
@@ -422,11 +425,14 @@ class WritingHandle(Handle):
         try:
             self._raise_failure()
             self._publish_all(confirm)
-            self.committed = True
-        finally:
-            if not self.committed:
-                self._give_up()
+        except WouldWait:
+            raise
+        except BaseException:
+            self._give_up()
             super().close()
+            raise
+        self.committed = True
+        super().close()
 
     @contextlib.contextmanager
     def _failing_for_good(self) -> Iterator[None]:
@@ -435,6 +441,8 @@ class WritingHandle(Handle):
         self._raise_failure()
         try:
             yield
+        except WouldWait:  # nothing was taken
+            raise
         except BaseException as error:
             self._failure = error
             raise

@@ -158,7 +158,7 @@ class Opening:
         path = request.path
         keeps = request.entry is not None and not request.flags & os.O_TRUNC and request.partial is None
         base = self.cached_read(request) if keeps else None
-        return CachedWriteHandle(
+        handle = CachedWriteHandle(
             path,
             request.name,
             request.flags,
@@ -174,6 +174,9 @@ class Opening:
             autocommit=request.autocommit,
             seekable=not self._options.no_seek,
         )
+        if self._stores_first:
+            handle.last_step_waits_for = Wait.STORE
+        return handle
 
     def _admit(self, path: str, more: int) -> Future[None] | None:
         """See whether `more` bytes fit into the cache, and later into an object at the store."""
@@ -270,7 +273,7 @@ class Opening:
         for _ in range(MOST_TRIES):
             if _is_exclusive(tee) and self._now(request.path) is not None:
                 break
-            request = self._follow(request, tee)
+            self._follow(request, tee)
             try:
                 self._publish_draft(request, tee)
             except OSError as error:
@@ -285,7 +288,8 @@ class Opening:
 
     def _publish_draft(self, request: Request, tee: Tee) -> None:
         parts = self._parts
-        base, is_known = base_of(request.entry, is_known=request.is_known)
+        entry, is_known = self._replaced(request, tee)
+        base, is_known = base_of(entry, is_known=is_known)
         record = parts.cache.publish(
             tee.draft,
             mtime=self._clock.time(),
@@ -296,10 +300,24 @@ class Opening:
         self._core.published(request.path, local_entry(record))
         parts.writeback.received(record)
 
+    def _replaced(self, request: Request, tee: Tee) -> tuple[Entry | None, bool]:
+        """Return what a file replaces, and whether that is known, maybe only by now: nothing is asked here."""
+        if tee.is_append and tee.begun is not None and tee.begun.entry is not None:
+            return tee.begun.entry, True
+        if not request.is_known and self._core.dirs.knows(request.path):
+            with contextlib.suppress(FileNotFoundError):
+                return self._core.dirs.lookup(request.path), True
+            return None, True
+        return request.entry, request.is_known
+
     def _now(self, path: str) -> Entry | None:
         """Return what is at the path, None also where nobody can say: the journal has the last word."""
+        dirs = self._core.dirs
         try:
-            return self._parts.pending.find(path) or self._core.dirs.lookup(path)
+            waiting = self._parts.pending.find(path)
+            if waiting is not None or dirs.knows(path):
+                return waiting or dirs.lookup(path)
+            return self._core.questions.ask(lambda: dirs.lookup(path), path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -307,21 +325,20 @@ class Opening:
                 raise
             return None
 
-    def _follow(self, request: Request, tee: Tee) -> Request:
-        """Let what was appended follow what is known to be at the path by now; return the request for that."""
-        if not tee.is_append or tee.begun is None or tee.begun.is_still(now := self._now(request.path)):
-            return request
-        request = replace(request, entry=now)
-        self._append_to(request, tee)
-        return request
+    def _follow(self, request: Request, tee: Tee) -> None:
+        """Let what was appended follow what is known to be at the path by now."""
+        if tee.is_append and tee.begun is not None and not tee.begun.is_still(now := self._now(request.path)):
+            self._append_to(replace(request, entry=now), tee)
 
     def _append_to(self, request: Request, tee: Tee) -> None:
         """Make a new draft: the version that `request` names, and behind it what was appended to another one."""
         assert tee.begun is not None
         logger.info("%r has changed since an append to it began; it is appended to as it is now", request.path)
         with contextlib.closing(self.cached_read(request)) as base:
-            about_to_wait(Wait.STORE)
-            result_of(base.fill(), request.path)
+            filling = base.fill()
+            if not filling.done():
+                about_to_wait(Wait.STORE)
+            result_of(filling, request.path)
             base.verify()
             begun, draft = self._begin(request, base)
         try:

@@ -148,9 +148,9 @@ class Pending:
         if self._cache.dirty(path) is not None:
             self._writeback.upload_now(path)
 
-    def settle(self, path: str) -> None:
-        """Have the deletions at a path and directly below it done at the store."""
-        for record in [self._cache.dirty(path), *self._cache.dirty_in(path)]:
+    def settle(self, path: str, *, below: bool = True) -> None:
+        """Have the deletion at a path done at the store, and those directly below it."""
+        for record in [self._cache.dirty(path), *(self._cache.dirty_in(path) if below else ())]:
             if record is not None and record.is_tombstone:
                 self._writeback.upload_now(record.path)
 

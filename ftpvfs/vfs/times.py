@@ -46,6 +46,10 @@ class Times:
         if self._fill(folder, files):
             self._index().remember_mtimes(folder, {e.name: (e.version, e.mtime) for e in files if e.mtime is not None})
 
+    def must_ask(self, folder: str, entries: Iterable[Entry]) -> bool:
+        """Fill in what is known here of the times of a whole folder; tell whether the store knows more."""
+        return bool(self._fill_known(folder, [entry for entry in entries if not entry.is_dir]))
+
     def fill(self, folder: str, entry: Entry) -> None:
         """Fill in the time of one entry of a folder, in place.
 
@@ -57,15 +61,20 @@ class Times:
 
     def _fill(self, folder: str, files: list[Entry]) -> bool:
         """Fill in; return whether the store was asked."""
+        missing = self._fill_known(folder, files)
+        if missing:
+            self._backend.true_mtimes(folder, missing)
+        return bool(missing)
+
+    def _fill_known(self, folder: str, files: list[Entry]) -> list[Entry]:
+        """Fill in what the index has; return the entries of which only the store knows the time."""
         if self.keeps and files:
             self._take(files, self._index().set_times(folder, files[0].name if len(files) == 1 else None))
         missing = [entry for entry in files if entry.mtime is None] if self.asks else []
         if missing:
             self._take(missing, self._index().mtimes(folder))
             missing = [entry for entry in missing if entry.mtime is None]
-        if missing:
-            self._backend.true_mtimes(folder, missing)
-        return bool(missing)
+        return missing
 
     def _take(self, files: Iterable[Entry], known: dict[str, tuple[str | None, float]]) -> None:
         for entry in files:

@@ -372,6 +372,7 @@ class VFS:
             self.core.times.fill_listing(path, listing)
             listing.timed = True
 
+        listing.timed = listing.timed or not self.core.times.must_ask(path, listing)
         while not listing.timed:  # after waiting for somebody who fills an older listing, little is left to do
             self.core.dirs.once("times", path, fill)
         return listing
@@ -563,15 +564,28 @@ class VFS:
             try:
                 path = without_waiting(lambda: core.dirs.real_name(path))
             except WouldWait:
-                path = core.patience.ask(lambda: core.dirs.real_name(path), path)
+                path = core.questions.ask(lambda: core.dirs.real_name(path), path)
+        except OSError as error:
+            if error.errno not in AWAY:
+                raise
+            logger.info("how %r is spelled at the store is not known: %s", path, error)
+            return path, None, False
+        return path, *self._found_soon(path)
+
+    def _found_soon(self, path: str) -> tuple[Entry | None, bool]:
+        """Return what is at a path, and whether that is known: a store that does not answer is not waited for long."""
+        core = self.core
+        try:
             if core.dirs.knows(path) or core.backend.capability.answers_at_once:
-                return path, self._existing(path), True
-            return path, core.patience.ask(lambda: self._existing(path), path), True
+                return self._existing(path), True
+            if core.dirs.is_free(path):
+                return None, True
+            return core.questions.ask(lambda: self._existing(path), path), True
         except OSError as error:
             if error.errno not in AWAY:
                 raise
             logger.info("what is at %r by now is not known: %s", path, error)
-            return path, None, False
+            return None, False
 
     def _is_dirty(self, path: str) -> bool:
         pending = self.core.pending
@@ -604,18 +618,22 @@ class VFS:
     # --- changing
 
     def mkdir(self, path: AnyPath) -> None:
-        """Make one folder. It exists for everybody and survives a restart, also where the store has no folders."""
+        """Make one folder. It exists for everybody and survives a restart, also where the store has no folders.
+
+        Where the store is away and has none, in modes writes and full, one that it has already may be made once more.
+        """
         path = self._real(path)
         self._check_writable(path)
-        if self._existing(path) is not None:
-            raise failure(errno.EEXIST, path)
-        self._check_parent(path)
-        self._check_name(path)
         core = self.core
-        core.settle(path)
-        with core.writer(path):  # who is told that it exists already must see it, too
+        is_here = core.keeps_folders and self._goes_without_store
+        if (self._found_soon(path)[0] if is_here else self._existing(path)) is not None:
+            raise failure(errno.EEXIST, path)
+        self._check_parent(path, must_know=not is_here)
+        self._check_name(path)
+        core.settle(path, below=not is_here)
+        with core.writer(path, asks_store=not is_here):  # who is told that it exists already must see it, too
             core.make_folder(path)
-            core.dirs.changed(path, Entry(paths.split(path)[1], is_dir=True, mtime=self._clock.time()))
+            core.dirs.made(path, Entry(paths.split(path)[1], is_dir=True, mtime=self._clock.time()))
 
     def makedirs(self, path: AnyPath, *, exist_ok: bool = True) -> None:
         """Make a folder and those above it that are missing.
@@ -634,6 +652,12 @@ class VFS:
                 if not exist_ok or not self.isdir(path):
                     raise
 
+    @property
+    def least_wait(self) -> Wait:
+        """What changes wait for at the least: this machine's disk alone, where a cache takes them."""
+        core = self._process().core
+        return Wait.STORE if core is not None and core.parts is None else Wait.DISK
+
     def ready_folder(self, path: AnyPath) -> bool:
         """Make a folder as `makedirs` does, for files that come next; return whether it is there.
 
@@ -646,7 +670,7 @@ class VFS:
             self.makedirs(path)
             return True
         try:
-            core.patience.ask(lambda: self.makedirs(path), path)
+            core.questions.ask(lambda: self.makedirs(path), path)
         except OSError as error:
             if error.errno not in AWAY:
                 raise
@@ -682,13 +706,22 @@ class VFS:
         if self._as_named(named, self._lookup(path)).is_dir:
             raise failure(errno.EISDIR, path)
         core.drop_partial(path)
-        if core.pending is None or not core.pending.delete(path):
+        has_waited = core.pending is not None and core.pending.delete(path)
+        if not has_waited:
             with core.writer(path):
                 core.backend.remove(path)
                 core.forget_item(path)
                 core.changed(path, None)
         core.times.removed(path)
-        core.keep_folder(paths.split(path)[0])
+        self._keep_folder_of(path, has_waited=has_waited)
+
+    def _keep_folder_of(self, path: str, *, has_waited: bool) -> None:
+        """Let the folder of what is gone stay; `has_waited`: it was on its way to the store, which nobody waits for."""
+        folder = paths.split(path)[0]
+        if has_waited:
+            self.core.keep_folder_of_waiting(folder)
+        else:
+            self.core.keep_folder(folder)
 
     def rename(self, source: AnyPath, target: AnyPath) -> None:
         """Rename a file or folder; a file that stands at the target is replaced, an empty folder too by a folder.
@@ -705,18 +738,20 @@ class VFS:
         if means_folder and not entry.is_dir:
             raise failure(errno.ENOTDIR, source)
         there, is_known = self._before_rename(target, entry)
-        self._check_rename(source, target, entry, there, is_known=is_known)
+        self._check_rename(source, target, entry, there)
         if source == target:
             return
         if there is None:
             self._check_name(target)
         for path in (source, target):
             (self.core.drop_partials_below if entry.is_dir else self.core.drop_partial)(path)
+        pending = None if entry.is_dir else self.core.pending
+        has_waited = pending is not None and pending.rename(source, target, there, is_known=is_known)
         if entry.is_dir:
             self._rename_folder(source, target, replaces=there is not None)
-        elif self.core.pending is None or not self.core.pending.rename(source, target, there, is_known=is_known):
+        elif not has_waited:
             self._rename_file(source, target, entry)
-        self.core.keep_folder(paths.split(source)[0])
+        self._keep_folder_of(source, has_waited=has_waited)
 
     def replace(self, source: AnyPath, target: AnyPath) -> None:
         """Rename a file or folder, as `rename` does, which replaces what stands at the target as `os.replace` would."""
@@ -727,22 +762,15 @@ class VFS:
 
         What has another name is the entry itself, which is to be spelled otherwise.
         """
-        try:
-            there = self._existing(target)
-        except OSError as error:
-            if not is_local(entry) or error.errno not in AWAY:
-                raise
-            return None, False
-        return (there if there is not None and there.name == paths.split(target)[1] else None), True
+        there, is_known = self._found_soon(target) if is_local(entry) else (self._existing(target), True)
+        return (there if there is not None and there.name == paths.split(target)[1] else None), is_known
 
-    def _check_rename(
-        self, source: str, target: str, entry: Entry, there: Entry | None, *, is_known: bool
-    ) -> None:
+    def _check_rename(self, source: str, target: str, entry: Entry, there: Entry | None) -> None:
         if not source or not target:
             raise failure(errno.EBUSY, source, "The root cannot be renamed or replaced")
         if entry.is_dir and target != source and paths.is_within(target, source):
             raise failure(errno.EINVAL, source, "A folder cannot be moved into itself")
-        self._check_parent(target, is_known=is_known)
+        self._check_parent(target, must_know=not is_local(entry))
         if there is None or source == target:
             return
         if there.is_dir and not entry.is_dir:
@@ -924,6 +952,7 @@ class VFS:
             "directories": core.dirs.counts(),
             "buffer_memory": core.memory.used,
             "opened": dict(core.count),
+            "breaker": core.breaker.state.name.lower(),
         }
         if core.parts is not None:
             stats |= {"cache": core.parts.cache.stats(), "downloads": core.parts.downloads.stats()}
@@ -978,21 +1007,20 @@ class VFS:
         """Raise why no file can be made at the path, as far as that can be told without a store that is away."""
         self._check_length(path)
         if is_known or self.core.dirs.knows(paths.split(path)[0]):
-            self._check_parent(path, is_known=is_known)
+            self._check_parent(path, must_know=not self._goes_without_store)
         if is_known or not self.core.backend.capability.opens_files:  # a disk is looked at for that, and may hang
             self._check_name(path)
 
-    def _check_parent(self, path: str, *, is_known: bool = True) -> None:
-        """Raise what is wrong with the folder that is to hold the path; not `is_known`: unless the store is away."""
+    def _check_parent(self, path: str, *, must_know: bool = True) -> None:
+        """Raise what is wrong with the folder that is to hold the path; not `must_know`: unless the store is away."""
         parent = paths.split(path)[0]
+        if not must_know and not self._found_soon(parent)[1]:
+            return
         try:
             if not self._lookup(parent).is_dir:
                 raise failure(errno.ENOTDIR, path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise failure(error.errno or errno.ENOENT, path) from error
-        except OSError as error:
-            if is_known or error.errno not in AWAY:
-                raise
 
 
 class Entries:
