@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.downloads import WATCH, Client, TLSClient
 from tests.processes import child
 from tests.servers import (
     HOST,
@@ -125,6 +126,23 @@ def _nothing_left_behind(_lasting_parts: None) -> Iterator[None]:
         pytest.fail("left behind:\n  " + "\n  ".join(sorted(left.values())), pytrace=False)
 
 
+@pytest.fixture(scope="session")
+def _watched_downloads() -> Iterator[None]:
+    with WATCH.installed():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _true_downloads(_watched_downloads: None) -> Iterator[None]:
+    """Fail a test in which a download was answered 226 that is not the file."""
+    yield
+    wrong = [*WATCH.wrong]
+    WATCH.wrong.clear()
+    WATCH.opened.clear()
+    if wrong:
+        pytest.fail("\n".join(wrong), pytrace=False)
+
+
 def new_belongings(before: dict[object, str]) -> dict[object, str]:
     return {key: text for key, text in belongings().items() if key not in before}
 
@@ -220,6 +238,10 @@ class Store:
 
     def read(self, key: str) -> bytes:
         """All bytes of an object; FileNotFoundError when there is none."""
+        return self.bytes_of(key)
+
+    def bytes_of(self, key: str) -> bytes:
+        """The same, where a subclass does more to `read`."""
         if self.kind == "local":
             return Path(self.path(key)).read_bytes()
         data: bytes = self.filesystem.cat_file(self.path(key))
@@ -458,6 +480,7 @@ def make_vfs() -> Iterator[Callable[..., Any]]:
             from ftpvfs import VFS
 
             vfs = VFS(store.url, storage_options=store.storage_options, **options)
+            WATCH.stores[vfs] = store
             cleanup.callback(vfs.close)
             return vfs
 
@@ -679,9 +702,9 @@ def connect(
     password: str = "guest",
     *,
     timeout: float = CLIENT_TIMEOUT,
-) -> ftplib.FTP:
+) -> Client:
     """Log in, in binary mode and UTF-8; use it in a `with`."""
-    ftp = ftplib.FTP(timeout=timeout, encoding="utf-8")
+    ftp = Client(timeout=timeout, encoding="utf-8")
     try:
         ftp.connect(*address)
         ftp.login(user, password)
@@ -723,6 +746,8 @@ def last_reply(ftp: ftplib.FTP) -> str:
 def reply(ftp: ftplib.FTP, command: str) -> str:
     """The reply to a command, whatever its code, and whatever the command holds: ftplib refuses line ends."""
     assert ftp.sock is not None
+    if isinstance(ftp, Client | TLSClient):
+        ftp.note(command)
     ftp.sock.sendall(f"{command}\r\n".encode(ftp.encoding, "surrogateescape"))
     return last_reply(ftp)
 

@@ -106,6 +106,7 @@ class Server:
         self.port = 0
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_paused = False
 
     # -- what a subclass gives
 
@@ -165,13 +166,21 @@ class Server:
         self._process.wait()
         server_pids.discard(self._process.pid)
         self._process = None
+        self._is_paused = False
 
     def pause(self) -> None:
         """Freeze the process: its ports accept, and nothing answers."""
+        self._is_paused = True
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
+        self._is_paused = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it is stopped or paused, so that nobody gets an answer."""
+        return self._process is None or self._is_paused
 
     def _signal(self, number: int) -> None:
         if self._process is None:
@@ -634,6 +643,7 @@ class FaultProxy:
     Runs in a thread of its own. Attributes hold for all connections, from the next chunk on, until set again:
 
     - `delay`: seconds that each chunk travels, one way; chunks travel together, so it limits no rate;
+    - `jitter`: seconds by which each chunk travels longer at the most, at random; chunks keep their order;
     - `bandwidth`: bytes a second, for each connection and direction; None = no limit;
     - `black_hole`: connections are accepted and bytes taken, but nothing is passed on. What waits goes on
       after it, unless its client is gone by then;
@@ -647,6 +657,7 @@ class FaultProxy:
     def __init__(self, port: int, host: str = HOST) -> None:
         self.upstream = (host, port)
         self.delay = 0.0
+        self.jitter = 0.0
         self.bandwidth: float | None = None
         self._black_hole = False
         self._refuse = False
@@ -730,7 +741,7 @@ class FaultProxy:
 
     def heal(self) -> None:
         """Take back all faults; counters stay."""
-        self.delay, self.bandwidth, self._refuse = 0.0, None, False
+        self.delay, self.jitter, self.bandwidth, self._refuse = 0.0, 0.0, None, False
         self._failures.clear()
         self._cuts.clear()
         self._flips.clear()
@@ -930,7 +941,8 @@ class _Link:
             data = await self._loop.sock_recv(source, CHUNK)
             if not data and source is self._client and self._proxy.black_hole:
                 self._is_client_gone = True
-            await queue.put((self._loop.time() + self._proxy.delay, data))
+            travels = self._proxy.delay + random.uniform(0, self._proxy.jitter)
+            await queue.put((self._loop.time() + travels, data))
             if not data:
                 return
 

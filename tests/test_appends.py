@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Store
+from tests.downloads import Client
 
 WAITS = 30.0
 CHOICES = {
@@ -39,7 +40,7 @@ def log_in(ftp_server: Callable[..., tuple[str, int]]) -> Callable[[Any], ftplib
     """log_in(vfs) -> a new session of a server of its own."""
 
     def connect(vfs: Any) -> ftplib.FTP:
-        client = ftplib.FTP(timeout=WAITS)
+        client = Client(timeout=WAITS)
         client.connect(*ftp_server(vfs, perm="elradfmwMT"))
         client.login()
         return client

@@ -20,6 +20,7 @@ from pyftpdlib.servers import ThreadedFTPServer
 from ftpvfs import TLS_VFSDTPHandler, TLS_VFSHandler
 from tests.certificates import write_certificate
 from tests.conftest import Store, StoreFactory, download, last_reply, reply, reset, upload
+from tests.downloads import TLSClient
 from tests.servers import HOST, wait_until
 from tests.test_ftp_uploads import Events, assert_untouched
 
@@ -61,7 +62,7 @@ def secure(certificate: Path) -> Any:
     def login(address: tuple[str, int], version: str = "TLS 1.3") -> ftplib.FTP_TLS:
         context = ssl.create_default_context(cafile=certificate)
         context.minimum_version = context.maximum_version = VERSIONS[version]
-        ftp = ftplib.FTP_TLS(timeout=30, context=context, encoding="utf-8")
+        ftp = TLSClient(timeout=30, context=context, encoding="utf-8")
         clients.append(ftp)
         ftp.connect(*address)
         ftp.login()

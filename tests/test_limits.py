@@ -25,6 +25,7 @@ from ftpvfs.server.public_address import KEPT, Resolver
 from ftpvfs.server.transfer import VFSDTPHandler
 from ftpvfs.waiting import Wait
 from tests.conftest import Store, connect, download, free_ports, last_reply, open_transfer, reply, upload, wait_until
+from tests.downloads import Client
 from tests.test_bans import MovedClock
 
 HOST = "127.0.0.1"
@@ -151,7 +152,7 @@ def is_let_in(address: tuple[str, int]) -> bool:
 def test_a_ban_ends_what_has_not_logged_in(serve: Any, bans: Bans) -> None:
     address = serve(Door(bans=bans))
     with contextlib.closing(enter(address)) as inside, contextlib.ExitStack() as opened:
-        before = [opened.enter_context(contextlib.closing(ftplib.FTP(timeout=30))) for _ in range(3)]
+        before = [opened.enter_context(contextlib.closing(Client(timeout=30))) for _ in range(3)]
         for each in before:
             each.connect(*address)
         before[0].sendcmd("USER alice")
@@ -183,7 +184,7 @@ def test_a_ban_by_another_server_holds_for_sessions_that_are_open(serve: Any) ->
 
     others = Others()
     address = serve(Door(bans=others), max_login_attempts=10**9)
-    with contextlib.closing(ftplib.FTP(timeout=30)) as ftp:
+    with contextlib.closing(Client(timeout=30)) as ftp:
         ftp.connect(*address)
         others.banned = True
 
@@ -233,7 +234,7 @@ def test_the_thread_of_the_ban_list_does_not_end_and_begin_again() -> None:
 
 def test_a_session_ends_after_so_many_wrong_passwords(serve: Any) -> None:
     address = serve(Door(), max_login_attempts=2)
-    with contextlib.closing(ftplib.FTP(timeout=30)) as ftp:
+    with contextlib.closing(Client(timeout=30)) as ftp:
         ftp.connect(*address)
         for answer in ("530 Authentication failed.", "530 Authentication failed. Disconnecting."):
             assert reply(ftp, "USER alice").startswith("331")
@@ -320,7 +321,7 @@ def test_commands_without_a_login_are_bounded(serve: Any) -> None:
 @pytest.mark.parametrize("logs_in", [False, True])
 def test_a_line_that_does_not_end_is_not_gathered(serve: Any, logs_in: bool) -> None:
     address = serve(Door())
-    with contextlib.closing(enter(address) if logs_in else ftplib.FTP(timeout=30)) as ftp:
+    with contextlib.closing(enter(address) if logs_in else Client(timeout=30)) as ftp:
         if not logs_in:
             ftp.connect(*address)
         assert ftp.sock is not None
@@ -433,7 +434,7 @@ V1 = "PROXY TCP4 {} 192.0.2.1 56324 21\r\n"
 
 def through(address: tuple[str, int], client: str) -> ftplib.FTP:
     """A session of a client behind the balancer, which speaks the PROXY protocol."""
-    ftp = ftplib.FTP(timeout=30)
+    ftp = Client(timeout=30)
     ftp.sock = socket.create_connection(address, timeout=30)
     ftp.sock.sendall(V1.format(client).encode())
     ftp.af = ftp.sock.family

@@ -18,6 +18,7 @@ from ftpvfs.server.source import first
 from ftpvfs.server.throttle import CREDIT, LEAST, Rate, Rates, Throttle
 from tests.certificates import write_certificate
 from tests.conftest import connect, download, reply, upload
+from tests.downloads import TLSClient
 
 KIB = 1024
 
@@ -102,7 +103,7 @@ def test_transfers_take_as_long_as_their_rates_say(launched: Any, served: Path, 
     server = launched(str(served), *arguments)
     if tls:
         context = ssl.create_default_context(cafile=tmp_path / "cert.pem")
-        secure = ftplib.FTP_TLS(timeout=30, context=context)
+        secure = TLSClient(timeout=30, context=context)
         secure.connect(*server.address)
         secure.login()
         secure.prot_p()

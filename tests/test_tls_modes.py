@@ -17,6 +17,7 @@ import pytest
 
 from tests.certificates import write_certificate
 from tests.conftest import Launched, connect, download, last_reply, names, reply, run_program, upload
+from tests.downloads import Client, TLSClient
 from tests.servers import HOST, wait_until
 
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
@@ -51,7 +52,7 @@ def start(launched: Any, served: Path, cert: Path) -> Any:
     return launch
 
 
-class Client(ftplib.FTP_TLS):
+class SessionClient(TLSClient):
     """Python's client, with the two things that it lacks: implicit TLS, and data connections that resume."""
 
     implicit = False
@@ -68,7 +69,7 @@ class Client(ftplib.FTP_TLS):
         self.welcome = self.getresp()
         return self.welcome
 
-    def ntransfercmd(self, cmd: str, rest: Any = None) -> Any:
+    def open_data(self, cmd: str, rest: Any = None) -> Any:
         conn, size = ftplib.FTP.ntransfercmd(self, cmd, rest)
         if self._prot_p:  # type: ignore[attr-defined]
             assert isinstance(self.sock, ssl.SSLSocket)
@@ -84,12 +85,12 @@ def secure(ca: Path) -> Iterator[Any]:
 
     def login(
         server: Launched, version: str = "1.3", *, implicit: bool = False, certificate: Path | None = None
-    ) -> Client:
+    ) -> SessionClient:
         context = ssl.create_default_context(cafile=ca)
         context.minimum_version = context.maximum_version = VERSIONS[version]
         if certificate is not None:
             context.load_cert_chain(certificate)
-        ftp = Client(timeout=30, context=context, encoding="utf-8")
+        ftp = SessionClient(timeout=30, context=context, encoding="utf-8")
         clients.append(ftp)
         ftp.implicit = implicit
         ftp.connect(*server.address)
@@ -124,7 +125,7 @@ def test_explicit_tls_may_be_used(start: Any, secure: Any, version: str) -> None
 @both_versions
 def test_required_tls_lets_nothing_pass_in_clear(start: Any, secure: Any, version: str) -> None:
     server = start("required")
-    with ftplib.FTP(timeout=30) as plain:
+    with Client(timeout=30) as plain:
         plain.connect(*server.address)
         for command in ("USER anonymous", "PASS guest"):
             assert reply(plain, command).startswith("530 ")
@@ -206,7 +207,7 @@ def ports() -> Any:
 # --- sessions
 
 
-def resumed(ftp: Client, command: str = "NLST") -> bool:
+def resumed(ftp: SessionClient, command: str = "NLST") -> bool:
     with ftp.transfercmd(command) as data:
         assert isinstance(data, ssl.SSLSocket)
         reused = data.session_reused
@@ -265,7 +266,7 @@ def test_data_connections_that_do_not_resume_are_refused_where_asked_for(
     assert reply(ftp, "LIST").startswith("522 ")
 
 
-def refusal(ftp: Client, command: str) -> str:
+def refusal(ftp: SessionClient, command: str) -> str:
     try:
         with ftp.transfercmd(command) as data:
             data.sendall(b"x")

@@ -21,6 +21,7 @@ from ftpvfs.config import ConfigError, load, vfs_options
 from ftpvfs.server import auth_proxy
 from ftpvfs.server.auth_proxy import ProxyAuthorizer, answer_of
 from tests.conftest import connect, download, names, program_environment, run_program, upload
+from tests.downloads import Client
 from tests.servers import wait_until
 
 CHEAP = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
@@ -352,7 +353,7 @@ def test_nobody_waits_while_a_password_is_checked(make_store: Any, ftp_server: A
     authorizer.add_user("slow", "s", perm="elradfmwMT")
     authorizer.add_user("quick", "q", perm="elradfmwMT")
     address = ftp_server(make_store("memory"), authorizer=authorizer, server_class=VFSServer)
-    with ftplib.FTP(timeout=30) as slow, ftplib.FTP(timeout=30) as gone:
+    with Client(timeout=30) as slow, Client(timeout=30) as gone:
         for ftp in (slow, gone):
             ftp.connect(*address)
             assert ftp.sendcmd("USER slow").startswith("331 ")

@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 
+from tests import downloads
 from tests.conftest import HOST, Store, program_environment, run_program
 from tests.servers import free_ports, is_listening, wait_until
 
@@ -141,7 +142,7 @@ class Client:
     @contextlib.contextmanager
     def connected(self) -> Iterator[ftplib.FTP]:
         """Log in; Killed where the server is away."""
-        ftp = ftplib.FTP(timeout=60)
+        ftp = downloads.Client(timeout=60)
         try:
             with _killed_if_lost():
                 ftp.connect(HOST, self.port)
