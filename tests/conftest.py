@@ -64,6 +64,32 @@ CLIENT_TIMEOUT = 30.0  # seconds of silence after which a test's FTP client give
 START_TIMEOUT = 30.0  # seconds for `python -m ftpvfs` to print its line; botocore and gcsfs take 2 to import
 
 
+# -- the fast part of the suite
+
+# `-m fast`, which `.ci/run` runs on the oldest and the newest Python of the machine as well: the pure modules, the VFS,
+# the cache and FTP sessions over a local folder or memory, and nothing that starts a store's server or a program.
+FAST_MODULES = {
+    "test_appends", "test_authorizer", "test_backend_local", "test_bans", "test_cache", "test_cache_damage",
+    "test_cache_space", "test_checksum", "test_config", "test_dircache", "test_eviction", "test_filesystem",
+    "test_ftp_downloads", "test_ftp_embedded", "test_ftp_names", "test_ftp_sessions", "test_handle",
+    "test_history", "test_index", "test_layers", "test_limits", "test_logs", "test_memory", "test_openmode",
+    "test_paths", "test_proxy_protocol", "test_ranges", "test_readahead", "test_records", "test_shared_names",
+    "test_state", "test_users", "test_verbs", "test_vfs", "test_vfs_cache", "test_waiting",
+}  # fmt: skip
+SLOW_FIXTURES = {"child", "fake_gcs", "gs_store", "launched", "make_proxy", "s3_store", "seaweedfs", "sftp_server"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        module = item.path.stem
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        parts = (each for value in values for each in (value if isinstance(value, tuple) else (value,)))
+        kinds = {each for each in parts if isinstance(each, str)}
+        is_slow = kinds & {"s3", "gs"} or SLOW_FIXTURES & {*item.fixturenames} or "stress" in item.keywords
+        if module in FAST_MODULES and not is_slow:
+            item.add_marker("fast")
+
+
 # -- the machine, as far as a test may see it
 
 THEIRS = re.compile(
