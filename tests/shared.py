@@ -184,6 +184,8 @@ class Session:
         reply = self._reply()
         if verb == "APPE" and "Others have made the file meanwhile" in reply:
             return  # modes off and minimal append to nothing what cannot be appended to something
+        if verb == "APPE" and "no such interrupted upload" in reply:
+            return  # another session of the same user has gone on with it
         self._expect(reply, "226")
         self._note(Upload, start, name, record=record, appends=verb == "APPE")
 

@@ -14,7 +14,7 @@ PACKAGE = "ftpvfs"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 # From the bottom up. A module imports from lower rows and from its own package; leaves import only leaves.
-LEAVES = {"errors", "clock", "paths", "metrics", "config", "memory", "waiting", "coordination", "logs",
+LEAVES = {"errors", "clock", "paths", "metrics", "config", "memory", "waiting", "readiness", "coordination", "logs",
           "pattern"}
 LAYERS = [
     {"backend"},

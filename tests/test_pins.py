@@ -24,11 +24,13 @@ from tests.conftest import ROOT
 PRIVATE = {
     "pyftpdlib.exceptions": ["_FileReadWriteError", "_RetryError"],
     "pyftpdlib.ioloop": ["_ERRNOS_DISCONNECTED", "_ERRNOS_RETRY"],
+    "pyftpdlib.ioloop:_BasePollEpoll": ["_poller"],
+    "pyftpdlib.ioloop:Epoll": ["_ERROR"],
     "pyftpdlib.ioloop:AsyncChat": [
         "_closed", "_closing", "_current_io_events", "_fileno", "_wanted_io_events",
     ],
     "pyftpdlib.handlers:FTPHandler": [
-        "_current_type", "_dtp_acceptor", "_dtp_connector", "_idler", "_in_dtp_queue", "_last_response", "_log_debug",
+        "_available_facts", "_current_type", "_dtp_acceptor", "_dtp_connector", "_idler", "_in_dtp_queue", "_last_response", "_log_debug",
         "_make_epasv", "_make_eport", "_on_dtp_close", "_on_dtp_connection", "_out_dtp_queue", "_quit_pending",
         "_restart_position", "_shutdown_connecting_dtp",
     ],
@@ -42,6 +44,7 @@ PRIVATE = {
     ],
     "pyftpdlib.handlers.ftp.dispatchers:PassiveDTP": ["_closed"],
     "pyftpdlib.handlers.ftp.dispatchers:ActiveDTP": ["_closed", "_cmd", "_idler", "_normalized_addr"],
+    "pyftpdlib.authorizers:UnixAuthorizer": ["_dummy_authorizer"],
     "pyftpdlib.servers:FTPServer": ["_map_len"],
     "pyftpdlib.servers:ThreadedFTPServer": ["_start_task"],
 }  # fmt: skip

@@ -44,8 +44,8 @@ SENDS = 4
 # Where space is short: 452 says that it will not be for long, 552 that the client can do nothing about it.
 NO_SPACE = {EFULL: 452, errno.ENOSPC: 552, getattr(errno, "EDQUOT", errno.ENOSPC): 552, errno.EFBIG: 552}
 # What no other try will change; 451 would have a client send all again.
-FOR_GOOD = {ENOSTORE, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.EINVAL,
-            errno.ENAMETOOLONG}  # fmt: skip
+FOR_GOOD = {ENOSTORE, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
+            errno.EINVAL, errno.ENAMETOOLONG}  # fmt: skip
 # Seconds for which a transfer may be kept waiting here, for room in the cache, a rate or the store, without being taken
 # for one that stands still.
 LONGEST_HOLD = 60.0

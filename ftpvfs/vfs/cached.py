@@ -131,7 +131,7 @@ class CachedReadHandle(VersionedHandle):
     def _fill_on(self, done: Future[None]) -> None:
         try:
             while (offset := self._first_missing()) is not None:
-                if isinstance(found := self._poll_at(offset), Awaited):
+                if isinstance(found := self._look_at(offset), Awaited):
                     # Not in the thread that completes it, which may be the store's: there may be a question to ask.
                     go_on = partial(self._current().run, partial(self._fill_on, done))
                     found.future.add_done_callback(lambda _, go_on=go_on: go_on())  # type: ignore[misc]
@@ -171,15 +171,18 @@ class CachedReadHandle(VersionedHandle):
                 self._outdate(error)
 
     def _poll_at(self, offset: int) -> Readiness:
+        found = self._look_at(offset)
+        self._pinned = self._pinned or isinstance(found, Bytes)
+        return found
+
+    def _look_at(self, offset: int) -> Readiness:
+        """Return what `poll` does to one who hands out none of it, so that a newer version may still be taken."""
         while True:
             reader = self._current()
             try:
-                found = reader.poll(offset)
+                return reader.poll(offset)
             except OSError as error:
                 self._outdate(error)
-            else:
-                self._pinned = self._pinned or isinstance(found, Bytes)
-                return found
 
     def _outdate(self, error: OSError) -> None:
         """Note that the version is gone of which nobody has seen a byte; raise any other error."""
@@ -270,9 +273,13 @@ class Preparing(Generic[D]):
         begin: Callable[[CachedReadHandle | None], D],
         run: Callable[[Callable[[], object]], None],
         give_up: Callable[[D], None],
+        *,
+        may_begin_anew: bool,
     ) -> None:
+        """`may_begin_anew`: a base that is gone by now is no failure; what is written makes a new file."""
         # Done, or failed, when there is something to say.
         self.done: Future[None] = Future()
+        self._may_begin_anew = may_begin_anew
         self._base = base
         self._begin = begin
         self._run = run
@@ -316,10 +323,12 @@ class Preparing(Generic[D]):
 
     def _filled(self, filled: Future[None]) -> None:
         error = filled.exception()
-        if error is None:
-            self._run(self._make)
-        else:
+        if isinstance(error, FileNotFoundError) and self._may_begin_anew:
+            self._base = None  # whoever deleted it came first
+        elif error is not None:
             _finish(self.done, error)
+            return
+        self._run(self._make)
 
     def _make(self) -> None:
         try:
@@ -376,6 +385,8 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
         self._reads = access != os.O_WRONLY
         self._writes = access != os.O_RDONLY
         self._appends = bool(flags & os.O_APPEND)
+        # Whether what is appended makes a new file where there is none.
+        self._appends_or_creates = flags & (os.O_APPEND | os.O_CREAT) == os.O_APPEND | os.O_CREAT
         self._begin = begin
         self._publish = publish
         self._abandon_draft = give_up
@@ -566,7 +577,9 @@ class CachedWriteHandle(WritingHandle, Generic[D]):
 
     def _prepare(self, base: CachedReadHandle | None) -> None:
         """Have the draft made in threads that nobody here waits for: the whole base is fetched and cloned first."""
-        self._preparing = prepared = Preparing(base, self._begin_with_room, self._run, self._abandon_draft)
+        self._preparing = prepared = Preparing(
+            base, self._begin_with_room, self._run, self._abandon_draft, may_begin_anew=self._appends_or_creates
+        )
         prepared.start()
 
     def _begin_with_room(self, base: CachedReadHandle | None) -> D:

@@ -334,13 +334,10 @@ class Opening:
         """Make a new draft: the version that `request` names, and behind it what was appended to another one."""
         assert tee.begun is not None
         logger.info("%r has changed since an append to it began; it is appended to as it is now", request.path)
-        with contextlib.closing(self.cached_read(request)) as base:
-            filling = base.fill()
-            if not filling.done():
-                about_to_wait(Wait.STORE)
-            result_of(filling, request.path)
-            base.verify()
-            begun, draft = self._begin(request, base)
+        try:
+            begun, draft = self._begin_with_all(request)
+        except FileNotFoundError:  # it was deleted again
+            begun, draft = self._begin(replace(request, entry=None), None)
         try:
             offset = tee.begun.size
             while data := tee.draft.read(offset, APPENDED_AT_ONCE):
@@ -351,6 +348,16 @@ class Opening:
             self._parts.cache.abandon(draft)
             raise
         tee.begin_anew(draft, begun)
+
+    def _begin_with_all(self, request: Request) -> tuple[Begun, Draft]:
+        """Begin a draft with all of what `request` names; waits until it is fetched. ENOENT where it is gone."""
+        with contextlib.closing(self.cached_read(request)) as base:
+            filling = base.fill()
+            if not filling.done():
+                about_to_wait(Wait.STORE)
+            result_of(filling, request.path)
+            base.verify()
+            return self._begin(request, base)
 
     @property
     def _parts(self) -> CacheParts:
