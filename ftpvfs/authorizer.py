@@ -43,6 +43,8 @@ class VFSHomes(_Authorizer):
     _is_made = False
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        # Of system users: the homes that they were given instead of their own.
+        self._homes: dict[str, str] = {}
         super().__init__(*arguments, **keywords)
         self._is_made = True
 
@@ -66,14 +68,15 @@ class VFSHomes(_Authorizer):
     ) -> None:
         """Give a system user another home in the VFS, and what else pyftpdlib's own takes (`UnixAuthorizer`)."""
         super().override_user(username, password, os.sep if homedir else None, *arguments, **keywords)
+        self._homes.pop(username, None)
         if homedir:
-            self._dummy_authorizer.user_table[username]["home"] = paths.normalize(homedir)
+            self._homes[username] = homedir
 
     def get_home_dir(self, username: str) -> str:
         """Return the user's home in the VFS."""
-        home = str(super().get_home_dir(username))
         if not self._is_made:  # pyftpdlib looks whether it is a folder of this machine
             return os.sep
+        home = self._homes.get(username) or str(super().get_home_dir(username))
         home, root = paths.normalize(home), paths.normalize(self.home_root)
         if root == "/" or not paths.is_within(paths.from_ftp(home), paths.from_ftp(root)):
             return home

@@ -133,6 +133,8 @@ def test_system_users_have_homes_in_a_vfs() -> None:
     assert authorizer.get_home_dir("daemon") == os.path.normpath(pwd.getpwnam("daemon").pw_dir)
     authorizer.override_user("daemon", password="x", homedir="/nowhere/daemon", perm="elr")
     assert (authorizer.get_home_dir("daemon"), authorizer.get_perms("daemon")) == ("/nowhere/daemon", "elr")
+    authorizer.override_user("daemon", password="x", perm="elr")
+    assert authorizer.get_home_dir("daemon") == os.path.normpath(pwd.getpwnam("daemon").pw_dir)
     authorizer.override_user("bin", msg_login="Hello.")
     assert authorizer.get_home_dir("bin") == os.path.normpath(pwd.getpwnam("bin").pw_dir)
     authorizer.validate_authentication("daemon", "x", None)
