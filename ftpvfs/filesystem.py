@@ -258,7 +258,7 @@ class VFSFilesystem(AbstractedFS):
 
         So clients learn where to go on: they ask for the size of the file that they have sent.
         """
-        partial = self.vfs.partial(path, self._user)
+        partial = self._call(self.vfs.partial, path, self._user)
         if partial is None:
             raise missing
         return Entry(paths.split(path)[1], False, partial.size, partial.since)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import os
 import re
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -134,6 +137,40 @@ def test_an_abort_after_some_parts_leaves_nothing(store: Store, proxy: FaultProx
     assert store.uploads() == set()
     assert store.read("a.bin") == b"old"
     assert backend.tuning.memory.used == 0
+
+
+@pytest.mark.parametrize("fault", ["denied", "broken", "away", "stuck"])
+def test_uploads_that_failed_leave_no_bytes_in_memory_without_a_collection(
+    store: Store, proxy: FaultProxy, make: MakeBackend, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def upload(name: str) -> None:
+        if fault in {"denied", "broken"}:
+            status, code = {"denied": (403, "AccessDenied"), "broken": (500, "InternalError")}[fault]
+            proxy.fail_next(100, method="PUT", status=status, code=code)
+        proxy.refuse = fault == "away"
+        proxy.bandwidth = 4 * MIB if fault == "stuck" else None
+        upload = backend.upload(name)
+        with contextlib.suppress(OSError):
+            upload.write(content(3 * PART[store.kind]))
+            upload.commit()
+        proxy.heal()
+        with contextlib.suppress(OSError):
+            upload.abort()
+
+    backend = make()
+    upload("first")
+    gc.collect()
+    monkeypatch.setattr(gc, "collect", lambda: pytest.fail("a collection stops all threads"))
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for number in range(3):
+            upload(f"{number}")
+        # Of the proxy, too, which is in this process.
+        wait_until(lambda: tracemalloc.get_traced_memory()[0] < 2 * PART[store.kind], what="the bytes are let go of")
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def test_an_abort_while_parts_are_stuck_on_the_line_leaves_nothing(

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from ftpvfs.cache.cache import Cache
-from ftpvfs.cache.files import Files
+from ftpvfs.cache.census import GOOD_FOR
+from ftpvfs.cache.files import Files, Place
 from ftpvfs.cache.index import Index
 from ftpvfs.cache.item import Draft
 from ftpvfs.cache.space import PAUSE, STEP
@@ -233,6 +234,51 @@ def test_a_publish_goes_on_while_the_cache_is_emptied(opened: Open, clock: Movin
     emptied.join()
     assert cache.usage().clean == 0
     assert len(cache.all_dirty()) == published
+
+
+class CountingFiles(Files):
+    """Files that count how often somebody looks at all of them."""
+
+    looks = 0
+
+    def names(self, place: Place) -> Iterator[os.DirEntry[str]]:
+        self.looks += 1
+        return super().names(place)
+
+
+def test_a_poll_looks_at_no_file_that_does_not_go(folder: Path, clock: MovingClock) -> None:  # noqa: F811
+    files = CountingFiles(folder)
+    with contextlib.closing(Index(folder)) as index:
+        options = VFSOptions(cache_mode="full", cache_max_age=3600.0, cache_max_size=MIB)
+        with contextlib.closing(Cache(folder, index, options, clock=clock, files=files)) as cache:
+            cached(cache, "first", KIB)
+            cache.evict()
+            files.looks = 0
+            for number in range(30):
+                cached(cache, f"{number}", 100 * KIB)
+                clock.now += 1
+                cache.evict()
+            assert files.looks == 0
+            assert cache.usage().taken <= MIB
+            assert is_cached(cache, "29", 100 * KIB)
+            assert cache.record("first") is cache.record("0") is None
+
+
+def test_many_small_files_count_for_what_they_take(opened: Open, clock: MovingClock) -> None:  # noqa: F811
+    cache = opened(cache_max_size=MIB)
+    cache.evict()
+    for number in range(500):
+        cached(cache, f"{number}", 10)
+    cache.evict()
+    assert cache.usage().taken <= MIB
+
+
+def test_files_of_other_processes_are_found_by_the_next_look(opened: Open, clock: MovingClock) -> None:  # noqa: F811
+    cache, other = opened(cache_max_age=60.0), opened(cache_max_age=60.0)
+    cache.evict()
+    cached(other, "a", KIB)
+    clock.now += GOOD_FOR
+    assert cache.evict().removed == 1
 
 
 # --- a disk that is full

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given
 
-from ftpvfs.cache.eviction import Candidate, Kind, Limits, in_order, victims
+from ftpvfs.cache.eviction import Candidate, Kind, Limits, Queue
 
 NOW = 10_000.0
 
@@ -18,9 +18,20 @@ def partial(name: str, age: float, size: int = 10) -> Candidate:
     return Candidate(Kind.PARTIAL, NOW - age, name, size)
 
 
+def victims(candidates: list[Candidate], limits: Limits, *, taken: int, free: int) -> list[Candidate]:
+    """Who goes, in this order."""
+    queue, excess = Queue(candidates), limits.excess(taken, free)
+    going = []
+    while (each := queue.take(limits, now=NOW, excess=excess)) is not None:
+        going.append(each)
+        excess -= each.size
+    assert len(queue) == len(candidates) - len(going)
+    return going
+
+
 def who(candidates: list[Candidate], limits: Limits, taken: int | None = None, free: int = 10**9) -> str:
     total = sum(each.size for each in candidates) if taken is None else taken
-    return "".join(each.id for each in victims(candidates, limits, now=NOW, taken=total, free=free))
+    return "".join(each.id for each in victims(candidates, limits, taken=total, free=free))
 
 
 def test_without_limits_all_stay() -> None:
@@ -84,13 +95,13 @@ def test_as_few_as_possible_go_and_in_order(
 ) -> None:
     limits = Limits(age, size, least)
     taken = sum(each.size for each in known) + dirty
-    going = victims(known, limits, now=NOW, taken=taken, free=free)
+    going = victims(known, limits, taken=taken, free=free)
     assert len(set(going)) == len(going)
     assert set(going) <= set(known)
     old = [each for each in known if age is not None and NOW - each.used > age]
-    assert going[: len(old)] == old
+    assert going[: len(old)] == sorted(old)
     rest = going[len(old) :]
-    assert rest == list(in_order(set(known) - set(old)))[: len(rest)]
+    assert rest == sorted(set(known) - set(old))[: len(rest)]
     freed = sum(each.size for each in going)
     if len(going) < len(known):
         assert limits.excess(taken - freed, free + freed) == 0

@@ -30,7 +30,8 @@ PRIVATE = {
         "_closed", "_closing", "_current_io_events", "_fileno", "_wanted_io_events",
     ],
     "pyftpdlib.handlers:FTPHandler": [
-        "_available_facts", "_current_type", "_dtp_acceptor", "_dtp_connector", "_idler", "_in_dtp_queue", "_last_response", "_log_debug",
+        "_available_facts", "_current_type", "_dtp_acceptor", "_dtp_connector", "_idler", "_in_dtp_queue",
+        "_last_response", "_log_debug",
         "_make_epasv", "_make_eport", "_on_dtp_close", "_on_dtp_connection", "_out_dtp_queue", "_quit_pending",
         "_restart_position", "_shutdown_connecting_dtp",
     ],

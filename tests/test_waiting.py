@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import errno
+import socket
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ftpvfs
+from ftpvfs import VFSHandler, VFSServer
 from ftpvfs.backend.backend import Entry
+from ftpvfs.cache.files import Files, Place
+from ftpvfs.cache.index import Index
+from ftpvfs.coordination.lockfile import LockFile
+from ftpvfs.server.loop import Loop
 from ftpvfs.vfs.dircache import DirCache
 from ftpvfs.waiting import (
     Job,
@@ -23,7 +34,9 @@ from ftpvfs.waiting import (
     working_for,
 )
 from tests.conftest import StoreFactory
-from tests.servers import wait_until
+from tests.servers import HOST, wait_until
+
+ROOT = Path(ftpvfs.__file__).parent
 
 
 def test_a_thread_may_wait_for_all_unless_it_says_otherwise() -> None:
@@ -169,3 +182,97 @@ def test_a_local_file_is_looked_up_and_opened_without_waiting(make_store: StoreF
         with pytest.raises(WouldWait) as caught:
             vfs.listdir()
         assert caught.value.need is Wait.DISK
+
+
+# --- what waits says so before
+
+# Who calls what may keep a thread waiting for a disk or another process; each says `about_to_wait` before.
+WAITERS = {
+    ("coordination/lockfile.py", "lock"),
+    ("coordination/locks.py", "_RangeLocks.hold"),  # behind ThreadLocks and _FolderLocks
+    ("coordination/sessions.py", "SessionTable._locked"),  # held for microseconds, never while anybody waits
+    ("coordination/moments.py", "Moments.change"),  # the same
+    ("cache/files.py", "Files.sync"),
+    ("cache/files.py", "Files.sync_folder"),
+    ("cache/files.py", "_sync"),
+    ("cache/identity.py", "_write"),  # at the start
+    ("backend/local.py", "LocalBackend._sync"),
+    ("backend/local.py", "LocalBackend.chmod"),
+    ("backend/local.py", "LocalUpload.prepare"),
+}
+WAITING_CALLS = {"flock", "lockf", "fsync", "fdatasync"}
+
+
+def waiters(path: Path) -> Iterator[tuple[str, str]]:
+    """The functions of a module that lock or sync."""
+
+    def look(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                yield from look(child, f"{name}.{child.name}".lstrip("."))
+                continue
+            if isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and _waits(child):
+                yield str(path.relative_to(ROOT)), name
+            yield from look(child, name)
+
+    yield from look(ast.parse(path.read_text()), "")
+
+
+def _waits(call: ast.Call) -> bool:
+    words = {node.attr for node in ast.walk(call) if isinstance(node, ast.Attribute)}
+    is_waiting = bool(words & WAITING_CALLS) or "F_OFD_SETLKW" in words or "F_FULLFSYNC" in words
+    return is_waiting and not words & {"LOCK_NB", "LOCK_UN"}
+
+
+def test_who_locks_and_syncs_is_known() -> None:
+    assert {each for path in ROOT.rglob("*.py") for each in waiters(path)} <= WAITERS
+
+
+def test_a_lock_that_somebody_else_has_is_not_waited_for(tmp_path: Path) -> None:
+    path = str(tmp_path / "file")
+    with contextlib.closing(LockFile(path)) as mine, contextlib.closing(LockFile(path)) as other:
+        with limited_to(Wait.NOTHING):
+            mine.lock()  # nobody has it
+            for wait in (other.lock, other.share):
+                with pytest.raises(WouldWait):
+                    wait()
+        mine.unlock()
+        with limited_to(Wait.NOTHING):
+            other.share()
+
+
+def test_nothing_is_synced_or_written_by_who_may_not_wait(tmp_path: Path) -> None:
+    index, files = Index(tmp_path / "cache"), Files(tmp_path / "cache")
+    files.prepare()
+    with contextlib.closing(index), contextlib.closing(files.create(Place.CLEAN, "a")) as file:
+        index.put("a", b"bytes")
+        with limited_to(Wait.NOTHING):
+            assert index.get("a") == b"bytes"
+            for wait in (
+                lambda: index.put("a", b"other"),
+                lambda: index.delete("a"),
+                lambda: index.atomically(lambda: None),
+                lambda: files.sync(file.descriptor),
+                lambda: files.sync_folder(Place.CLEAN),
+            ):
+                with pytest.raises(WouldWait):
+                    wait()
+        assert index.get("a") == b"bytes"
+
+
+def test_a_loop_may_not_wait_whatever_it_runs() -> None:
+    found: list[Wait] = []
+
+    def ask() -> None:
+        try:
+            about_to_wait(Wait.DISK)
+        except WouldWait as would:
+            found.append(would.need)
+
+    with contextlib.closing(Loop()) as loop, socket.create_server((HOST, 0)) as listener:
+        server = VFSServer(listener, VFSHandler, ioloop=loop)
+        loop.call_soon(ask)
+        loop.loop(0, blocking=False)
+        server.close()
+    assert found == [Wait.DISK]
+    about_to_wait(Wait.STORE)

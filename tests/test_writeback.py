@@ -187,6 +187,32 @@ def test_a_file_is_stored_after_its_rest_with_its_time(store: Store, make_rig: C
     assert (path, entry.fingerprint) == ("a.bin", rig.backend.stat("a.bin").fingerprint)
 
 
+def test_what_changes_is_looked_at_and_not_the_whole_queue(
+    local_store: Store, make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+
+    def counted(cache: Cache) -> list[DirtyRecord]:
+        looks.append(threading.current_thread().name)
+        return all_dirty(cache)
+
+    all_dirty = Cache.all_dirty
+    monkeypatch.setattr(Cache, "all_dirty", counted)
+    rig = make_rig(local_store)
+    for number in range(50):
+        rig.publish(f"{number}", b"bytes")
+        rig.advance(1)
+        wait_until(lambda number=number: len(local_store.list()) >= number - REST, what="what is due is stored")
+    rig.settle()
+    assert sum(name.startswith("ftpvfs-") for name in looks) < 10
+    looks.clear()
+    for number in range(50):
+        rig.publish(f"{number}", b"newer", base_known=False)
+    rig.writeback.sync()
+    assert {local_store.read(name) for name in local_store.list()} == {b"newer"}
+    assert len(looks) < 10
+
+
 def test_only_the_newest_of_several_versions_is_sent(
     far: Callable[..., Rig], s3_store: Store, proxy: FaultProxy
 ) -> None:

@@ -121,6 +121,7 @@ class Upload(Protocol):
         self.accept(data)
         while (busy := self.pressure()) is not None:
             wait([busy])
+            del busy  # an error holds the frames that it came through: this one must not hold the error, by its future
 
     def accept(self, data: bytes | memoryview) -> None:
         """Take over `data` without waiting for the store."""

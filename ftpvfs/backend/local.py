@@ -286,6 +286,7 @@ class LocalBackend(Backend):
 
     def chmod(self, path: str, mode: int) -> None:
         """Set the nine bits of a file or folder. A folder keeps its setgid and sticky bits, as with chmod(1)."""
+        about_to_wait(Wait.DISK)
         with self._renamed(path):
             descriptor = self._opened(self.locate(path))
             try:
@@ -341,6 +342,7 @@ class LocalBackend(Backend):
     def _sync(self, name: str, flags: int) -> None:
         """Return once a file or folder, with its metadata, is on the disk, unless that is left to the system."""
         if self.sync:
+            about_to_wait(Wait.DISK)
             descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | flags)
             try:
                 os.fsync(descriptor)
@@ -449,6 +451,7 @@ class LocalUpload(Upload):
 
     def prepare(self) -> None:
         """Give the file its rights and its time, and have its bytes on the disk for good."""
+        about_to_wait(Wait.DISK)
         with self._unless_over():
             self._open()
             self._keep_access_rights(self._target())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import builtins
 import errno
-import gc
 import hashlib
 import logging
 import threading
@@ -37,6 +36,7 @@ from ftpvfs.backend.backend import (
     read_exactly,
 )
 from ftpvfs.backend.checksum import Checksum
+from ftpvfs.backend.retry import without_frames
 from ftpvfs.errors import ECHANGED, ENOSTORE, EUNSUPPORTED, failure
 from ftpvfs.waiting import Wait, about_to_wait, result_of
 
@@ -84,11 +84,12 @@ class ObjectStoreBackend(Backend):
     async def _guarded(self, path: str, request: Callable[[], Awaitable[T]]) -> T:
         try:
             outcome = await self.retry.acall(request)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - translated
+            del request  # may have bytes with it, which nobody needs any more
             known = self.failed(error, path)
             if known.errno == ENOSTORE:
                 self._bucket_is_missing()
-            raise known from error
+            raise known from without_frames(error)
         self.tuning.answered()
         return outcome
 
@@ -528,7 +529,7 @@ class PartsUpload(Upload):
                 self.path, lambda: self.backend.store(self.path, rest, self.mtime, self.replaces)
             )
         else:
-            parts = [part.result() for part in self._parts]
+            parts = list(map(Future.result, self._parts))  # no frame of ours that an error could hold, and it a part
             entry = self.backend.ask(self.path, lambda: self.finish(parts, rest))
         self._is_over = True
         self._let_go()
@@ -552,9 +553,6 @@ class PartsUpload(Upload):
         for part in self._in_flight:
             part.cancel()
         self._in_flight = deque()
-        # Failed tries leave their parts' bytes in circles of errors and frames, some 90 MiB an upload (measured), which
-        # Python would collect at leisure: it counts objects and not their size.
-        gc.collect()
         try:
             self.backend.ask(self.path, self._discard_settled)
         except OSError as error:
@@ -637,3 +635,4 @@ class PartsFile(FileUpload):
 def md5(data: bytes) -> bytes:
     """Return the MD5 digest that stores use as a checksum, not for security."""
     return hashlib.md5(data, usedforsecurity=False).digest()
+

@@ -19,10 +19,11 @@ from typing import TypeVar
 from ftpvfs import paths
 from ftpvfs.backend.backend import Entry
 from ftpvfs.cache.beside import records_beside
+from ftpvfs.cache.census import Usage
 from ftpvfs.cache.check import Check
 from ftpvfs.cache.clean import CleanItems, OpenItems
 from ftpvfs.cache.dirty import DirtyFiles, MayReplace
-from ftpvfs.cache.eviction import Limits
+from ftpvfs.cache.eviction import Kind, Limits
 from ftpvfs.cache.files import BESIDE, DataFile, Files, Number, Place
 from ftpvfs.cache.index import Index
 from ftpvfs.cache.item import Draft, Item, new_suffix
@@ -32,7 +33,7 @@ from ftpvfs.cache.mirror import Mirror
 from ftpvfs.cache.ranges import Range
 from ftpvfs.cache.records import DirtyRecord, ItemRecord, PartialRecord, id_prefix
 from ftpvfs.cache.recovery import Recovered, Recovery
-from ftpvfs.cache.space import Evicted, Space, Usage
+from ftpvfs.cache.space import Evicted, Space
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
 from ftpvfs.config import VFSOptions
 from ftpvfs.coordination.feed import ChangeFeed
@@ -188,6 +189,22 @@ class Cache:
     def all_dirty(self) -> list[DirtyRecord]:
         """Return all dirty records. From memory."""
         return self._dirty_mirror.below("")
+
+    @property
+    def is_any_dirty(self) -> bool:
+        """Whether there is any dirty record."""
+        return not self._dirty_mirror.is_empty
+
+    def dirty_changes(self) -> set[str] | None:
+        """Return the paths whose dirty records may have changed since the last call; None: any of them.
+
+        For the one who works on the queue; they are kept until `ignore_dirty_changes`.
+        """
+        return self._dirty_mirror.changes()
+
+    def ignore_dirty_changes(self) -> None:
+        """Keep no list of changes any more."""
+        self._dirty_mirror.ignore_changes()
 
     def record(self, path: str) -> ItemRecord | None:
         """Return what is cached of the store's object. One look into the database, some 20 us."""
@@ -377,6 +394,7 @@ class Cache:
         except OSError as error:  # it would have been a courtesy
             logger.info("The interrupted upload of %r is not kept: %s", draft.path, error)
             return False
+        self.space.made(Kind.PARTIAL, draft.id)
         if old is not None:
             self._remove_partial(old)
         return True
@@ -581,6 +599,7 @@ class Cache:
 
     def _lost(self, path: str) -> DirtyRecord | None:
         """Find a dirty record beside its data, because that in the index cannot be read."""
+        about_to_wait(Wait.DISK)  # for all of them
         return next((each for each in records_beside(self.folder) if each.path == path), None)
 
     def check(self, store: Callable[[str], Entry | None] | None = None) -> list[str]:

@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from ftpvfs.backend.backend import Entry
+from ftpvfs.cache.eviction import Kind
 from ftpvfs.cache.files import DataFile, Files, Place
 from ftpvfs.cache.item import Draft, Item, new_suffix
 from ftpvfs.cache.items import Items
@@ -138,6 +139,7 @@ class CleanItems:
                 self._files.unlink(Place.CLEAN, made.id)
                 return other[0], opened
             replaced = self._items.change(path, lambda old: made)
+        self.space.made(Kind.CLEAN, made.id)
         if replaced is not None and replaced.id != made.id:
             self._remove_file(replaced)
         return made, file
@@ -233,6 +235,7 @@ class CleanItems:
         present = ((0, entry.size),) if entry.size else ()
         record = dataclasses.replace(_record(path, id, entry, now), present=present, verified=True)
         replaced = self._items.change(path, lambda old: record)
+        self.space.made(Kind.CLEAN, id)
         if replaced is not None and replaced.id != id:
             self._remove_file(replaced)
 
@@ -281,6 +284,7 @@ class CleanItems:
             return
         self._open.moved(moved.id, target, record.id, entry)
         replaced = self._items.change(target, lambda old: record)
+        self.space.made(Kind.CLEAN, record.id)
         if replaced is not None:
             self._remove_file(replaced)
 

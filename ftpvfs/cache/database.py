@@ -28,6 +28,7 @@ from diskcache.core import MODE_PICKLE
 
 from ftpvfs import paths
 from ftpvfs.coordination.folders import private_folder, unusable
+from ftpvfs.coordination.lockfile import lock
 from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
@@ -352,6 +353,7 @@ class Database:
             return False
 
     def _reopen(self, old: Any, damage: str | None = None) -> None:
+        about_to_wait(Wait.DISK)  # the new one is looked through, or made
         with self._lock:
             if self._cache is old:  # else another thread has done so
                 old.close()
@@ -364,7 +366,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
     """Be the only one, of all processes, who opens or replaces the database."""
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

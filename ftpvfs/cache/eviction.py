@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,36 +46,34 @@ class Limits:
         return 0 if self.min_free is None else max(self.min_free - free, 0)
 
 
-def expired(candidates: Iterable[Candidate], limits: Limits, now: float) -> Iterator[Candidate]:
-    """Yield those that nobody has used for too long."""
-    if limits.max_age is not None:
-        yield from (each for each in candidates if now - each.used > limits.max_age)
+class Queue:
+    """Candidates in the order in which they go. One thread at a time; none costs the more, the more there are."""
 
+    def __init__(self, candidates: Iterable[Candidate] = ()) -> None:
+        self._heaps: dict[Kind, list[Candidate]] = {kind: [] for kind in Kind}
+        for each in candidates:
+            self._heaps[each.kind].append(each)
+        for heap in self._heaps.values():
+            heapq.heapify(heap)
 
-def in_order(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-    """Yield them as they make room: clean ones before partials, least recently used first.
+    def __len__(self) -> int:
+        return sum(map(len, self._heaps.values()))
 
-    From a heap: sorting 100,000 would keep all other threads from running for a tenth of a second.
-    """
-    heap = list(candidates)
-    heapq.heapify(heap)
-    while heap:
-        yield heapq.heappop(heap)
+    def add(self, candidate: Candidate) -> None:
+        """Add one."""
+        heapq.heappush(self._heaps[candidate.kind], candidate)
 
+    def take(self, limits: Limits, *, now: float, excess: int) -> Candidate | None:
+        """Remove and return who goes next: first all that are too old, then others while `excess` bytes must go.
 
-def victims(candidates: Iterable[Candidate], limits: Limits, *, now: float, taken: int, free: int) -> list[Candidate]:
-    """Return who goes: all that are too old, then as many others as the limits of space demand.
+        Clean ones make room before partials, the least recently used first.
+        """
+        for kind, heap in self._heaps.items():  # in the order of the kinds
+            if heap and limits.max_age is not None and now - heap[0].used > limits.max_age:
+                return self._pop(kind)
+        if excess > 0:
+            return next((self._pop(kind) for kind, heap in self._heaps.items() if heap), None)
+        return None
 
-    `taken` counts the bytes of all files in the cache, also of those that cannot go.
-    """
-    known = list(candidates)
-    going = list(expired(known, limits, now))
-    gone = set(going)
-    excess = limits.excess(taken, free) - sum(each.size for each in going)
-    for each in in_order(known):
-        if excess <= 0:
-            break
-        if each not in gone:
-            going.append(each)
-            excess -= each.size
-    return going
+    def _pop(self, kind: Kind) -> Candidate:
+        return heapq.heappop(self._heaps[kind])

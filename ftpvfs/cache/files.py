@@ -23,8 +23,9 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ftpvfs.coordination.lockfile import LockFile
+from ftpvfs.coordination.lockfile import LockFile, lock
 from ftpvfs.errors import failure
+from ftpvfs.waiting import Wait, about_to_wait
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +114,11 @@ class Files:
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_EXCL, 0o600)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                lock(descriptor, fcntl.LOCK_SH)
                 if os.fstat(descriptor).st_nlink:
                     return DataFile(descriptor)
             except BaseException:
+                self.unlink(place, name)
                 os.close(descriptor)
                 raise
             # Another process has found it before it was leased, took it for left behind, and removed it.
@@ -127,7 +129,7 @@ class Files:
         path = self.path(place, name)
         descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            lock(descriptor, fcntl.LOCK_SH)
             if not os.fstat(descriptor).st_nlink:
                 raise failure(errno.ENOENT, path)
         except BaseException:
@@ -316,11 +318,13 @@ class Files:
     def sync(self, descriptor: int) -> None:
         """Return once the file's bytes and length are on the disk."""
         if self._syncs:
+            about_to_wait(Wait.DISK)
             _sync(descriptor)
 
     def sync_folder(self, place: Place) -> None:
         """Return once the names in a place are on the disk."""
         if self._syncs:
+            about_to_wait(Wait.DISK)
             descriptor = os.open(self._folders[place], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
@@ -380,7 +384,10 @@ _fallocate = _find_fallocate()
 
 
 class Number:
-    """A number that processes share, in a file of its own. Not synced: who needs it after a crash sets it anew."""
+    """A number that processes share, in a file of its own. Not synced: who needs it after a crash sets it anew.
+
+    Changing it raises WouldWait, with nothing changed, where another process has to be waited for and may not be.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = str(path)
@@ -405,9 +412,9 @@ class Number:
 
     @property
     def value(self) -> int:
-        """The number as it is now."""
-        with self._locked() as descriptor:
-            return self._read(descriptor)
+        """The number as it is now. Waits for nobody: eight bytes are written at once."""
+        with contextlib.closing(LockFile(self._path)) as file:
+            return self._read(file.descriptor)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:

@@ -54,6 +54,8 @@ class Item:
         self._users = 1
         self._waiters: list[tuple[int, Future[None]]] = []
         self._is_saved = True
+        # Bytes that were counted as taken: what the file took as it was opened, and what was added.
+        self._counted = cache.files.taken(file.descriptor)
         if isinstance(record, DirtyRecord):
             self.version: str = ""
             self.fingerprint: str | None = None
@@ -104,6 +106,7 @@ class Item:
         with self._lock:
             if self._users:
                 return False
+            self._cache.space.correct(self._cache.files.taken(self.descriptor) - self._counted)
             self._file.close()
             return True
 
@@ -151,6 +154,7 @@ class Item:
         self._cache.space.write(self._file, pieces, start)
         self._cache.space.grow(size)
         with self._lock:
+            self._counted += size
             self._present.add(start, stop)
             self._is_saved = False
             woken = self._take_waiters_locked(lambda offset: self._present.contiguous(offset) > 0)
@@ -255,10 +259,11 @@ class Draft:
         self._is_announced = False
         # Bytes that were counted as taken before they came.
         self._reserved = size
-        # Bytes that were on the disk when it was opened.
+        # Bytes that were on the disk when it was opened, and what they took there beyond that: it is counted already.
         self._synced = size if is_resumable else 0
         # Whether all that was written is on the disk for good.
         self._is_synced = False
+        self._beyond = cache.files.taken(file.descriptor) - size if is_resumable else 0
 
     def __repr__(self) -> str:
         return f"<Draft {self.path!r} {self.size}>"
@@ -343,6 +348,7 @@ class Draft:
 
     def close(self) -> None:
         """Close the file; called by the cache."""
+        self._cache.space.correct(self._cache.files.taken(self.descriptor) - self._reserved - self._beyond)
         self._file.close()
 
     def _grow_to(self, stop: int, size: int) -> None:

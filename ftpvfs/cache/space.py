@@ -1,6 +1,6 @@
 """The space that the cache takes: counted as it is taken, kept within the limits, and waited for.
 
-Processes add what they write to one number that they share; every poll counts the files themselves and sets it right.
+Processes add what they write to one number that they share; a census of the files sets it right now and then.
 
 There are two limits. The size of the cache is for what may be evicted: what is not stored yet may exceed it, and then
 write-back stores without delay and uploads are slowed down to its pace, but never refused. The free space of the disk
@@ -16,16 +16,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
-from ftpvfs.cache.eviction import Candidate, Kind, Limits, victims
+from ftpvfs.cache.census import PLACES, Census, Usage, look
+from ftpvfs.cache.eviction import Candidate, Kind, Limits
 from ftpvfs.cache.files import BESIDE, DataFile, Files, Number, Place
-from ftpvfs.cache.records import is_id
 from ftpvfs.clock import Clock
 from ftpvfs.coordination.lockfile import LockFile
 from ftpvfs.errors import EFULL, failure
-from ftpvfs.waiting import Wait, about_to_wait
+from ftpvfs.waiting import Wait, WouldWait, about_to_wait
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -51,23 +51,6 @@ SHORT = "The disk of the cache is short of space"
 KEPT = 2 * 2**20
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What the cache takes on the disk, in bytes, and in how many files."""
-
-    clean: int = 0
-    dirty: int = 0
-    partial: int = 0
-    incoming: int = 0
-    files: int = 0
-    free: int = 0
-
-    @property
-    def taken(self) -> int:
-        """All together."""
-        return self.clean + self.dirty + self.partial + self.incoming
-
-
 @dataclass
 class Evicted:
     """What an eviction did, in numbers of files, and the bytes that it freed."""
@@ -76,14 +59,6 @@ class Evicted:
     removed_partials: int = 0
     in_use: int = 0
     size: int = 0
-
-
-@dataclass
-class _Census:
-    """What is on the disk at one time."""
-
-    usage: Usage = field(default_factory=Usage)
-    candidates: list[Candidate] = field(default_factory=list)
 
 
 class Space:
@@ -112,6 +87,7 @@ class Space:
         self._is_limited = limits.max_size is not None or limits.min_free is not None
         # Has write-back look at once whether it is to hurry.
         self.hurry: Callable[[], object] = lambda: None
+        self._census = Census(files, clock, self._counted)
         # Held by the one thread of this process that evicts.
         self._evicting = threading.Lock()
         self._lock = threading.Lock()
@@ -204,12 +180,25 @@ class Space:
             return
         try:
             self._tell(told)
+        except WouldWait:  # for another process: it is told with what comes next
+            with self._lock:
+                self._untold += told
+            return
         except BaseException:
             with self._lock:  # nothing was counted
                 self._untold, self._unpaced = self._untold + told - new, self._unpaced + paced - size
             raise
         if self._is_limited and self._excess() > 0:
             self._start_waiting()
+
+    def correct(self, size: int) -> None:
+        """Count what a file takes on the disk beyond what was counted of it; less than nothing where it has holes."""
+        with self._lock:
+            self._untold += size
+
+    def made(self, kind: Kind, name: str) -> None:
+        """Note a file that may be evicted from now on."""
+        self._census.made(kind, name)
 
     def freed(self, size: int) -> None:
         """Count bytes that are gone from the disk, and wake who waits for room."""
@@ -334,31 +323,42 @@ class Space:
 
     def usage(self) -> Usage:
         """Count what is on the disk. Looks at every file."""
-        return self._census().usage
+        return look(self._files).usage
+
+    def _counted(self, usage: Usage) -> None:
+        if self._is_limited:
+            self._taken.set(usage.taken)
 
     def evict(self, need: int = 0) -> Evicted:
         """Remove what is too old, and as much as the limits and `need` bytes demand. Nothing open, nothing dirty."""
         found = Evicted()
         with self._alone(must=need > 0) as alone:
-            if not alone:
-                return found
-            census = self._census()
-            if self._is_limited:
-                self._taken.set(census.usage.taken)
-            left = census.candidates
-            gone = 0
-            while going := self._next(left, need, census.usage, gone):
-                for first in range(0, len(going), BATCH):
-                    gone += self._remove(going[first : first + BATCH], found)
-                tried = set(going)
-                left = [each for each in left if each not in tried]
-        found.size = gone
-        self.freed(gone)
+            if alone:
+                self._tell_all()
+                self._evict_to(self.limits, need, found)
         if found.removed or found.removed_partials:
             logger.info(
-                "evicted %d clean files and %d partials, %d bytes", found.removed, found.removed_partials, gone
+                "evicted %d clean files and %d partials, %d bytes", found.removed, found.removed_partials, found.size
             )
         return found
+
+    def _tell_all(self) -> None:
+        with self._lock:
+            told, self._untold = self._untold, 0
+        self._tell(told)
+
+    def _evict_to(self, limits: Limits, need: int, found: Evicted) -> None:
+        """Remove candidates until none is too old and `need` bytes more are within the limits."""
+        self._census.look_if_due()
+        kept: list[Candidate] = []
+        try:
+            while going := self._next(limits, need):
+                freed = self._remove(going, found, kept)
+                found.size += freed
+                self.freed(freed)
+        finally:
+            for each in kept:
+                self._census.put_back(each)
 
     @contextlib.contextmanager
     def _alone(self, *, must: bool) -> Iterator[bool]:
@@ -370,9 +370,18 @@ class Space:
             finally:
                 lock.close()
 
-    def _next(self, left: list[Candidate], need: int, usage: Usage, gone: int) -> list[Candidate]:
-        taken, free = usage.taken - gone + need, self._files.free() - need
-        return victims(left, self.limits, now=self._clock.time(), taken=taken, free=free)
+    def _next(self, limits: Limits, need: int) -> list[Candidate]:
+        """Return some of those that go, as many as are removed at once."""
+        going: list[Candidate] = []
+        now, excess = self._clock.time(), limits.excess(self._taken.value + need, self._files.free() - need)
+        while len(going) < BATCH:
+            each = self._census.take(limits, now=now, excess=excess)
+            if each is not None:
+                going.append(each)
+                excess -= each.size
+            elif excess <= 0 or not self._census.look_for_more():
+                break
+        return going
 
     def make_room(self, need: int) -> bool:
         """Evict so that `need` bytes more fit; whatever can go where the disk is full. Tell whether any went."""
@@ -386,28 +395,26 @@ class Space:
         """Evict though no limit demands it, because the disk has no space."""
         found = Evicted()
         with self._alone(must=True):
-            limits = Limits(min_free=need)
-            left = self._census().candidates
-            going = victims(left, limits, now=self._clock.time(), taken=0, free=self._files.free())
-            for first in range(0, len(going), BATCH):
-                found.size += self._remove(going[first : first + BATCH], found)
-        self.freed(found.size)
+            self._evict_to(Limits(min_free=need), 0, found)
         return found
 
-    def _remove(self, batch: list[Candidate], found: Evicted) -> int:
-        """Remove some files that nobody has open, records first; return the bytes that are free now."""
+    def _remove(self, batch: list[Candidate], found: Evicted, kept: list[Candidate]) -> int:
+        """Remove some files that nobody has open, records first; return the bytes that are free now.
+
+        Those that stay are added to `kept`.
+        """
         held: list[tuple[Candidate, DataFile]] = []
         try:
             for each in batch:
-                place = Place.CLEAN if each.kind is Kind.CLEAN else Place.INCOMING
-                file = self._files.claim(place, each.id)
+                file = self._files.claim(PLACES[each.kind], each.id)
                 if file is None:
                     found.in_use += 1
+                    kept.append(each)
                 else:
                     held.append((each, file))
             clean = [each.id for each, _ in held if each.kind is Kind.CLEAN]
             is_forgotten = self._forgotten(clean)
-            freed = sum(self._remove_one(each, found) for each, _ in held)
+            freed = sum(self._remove_one(each, found, kept) for each, _ in held)
             if not is_forgotten:
                 self._forgotten(clean)
             return freed
@@ -425,7 +432,7 @@ class Space:
             return False
         return True
 
-    def _remove_one(self, victim: Candidate, found: Evicted) -> int:
+    def _remove_one(self, victim: Candidate, found: Evicted, kept: list[Candidate]) -> int:
         if victim.kind is Kind.CLEAN:
             found.removed += 1
             return self._files.unlink(Place.CLEAN, victim.id)
@@ -435,38 +442,12 @@ class Space:
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
-            return 0  # next time, when something else has gone
+            kept.append(victim)  # for the next time, when something else has gone
+            return 0
         found.removed_partials += 1
         size = self._files.unlink(Place.INCOMING, victim.id)
         self._files.unlink(Place.INCOMING, victim.id + BESIDE)
         return size
-
-    def _census(self) -> _Census:
-        clean, candidates = self._look(Place.CLEAN, Kind.CLEAN)
-        incoming, partials = self._look(Place.INCOMING, Kind.PARTIAL)
-        dirty, others = self._look(Place.DATA, None)
-        resumable = {each for each in partials if self._files.has(Place.INCOMING, each.id + BESIDE)}
-        partial = sum(each.size for each in resumable)
-        usage = Usage(
-            clean=clean,
-            dirty=dirty,
-            partial=partial,
-            incoming=incoming - partial,
-            files=len(candidates) + len(partials) + len(others),
-            free=self._files.free(),
-        )
-        return _Census(usage, [*candidates, *resumable])
-
-    def _look(self, place: Place, kind: Kind | None) -> tuple[int, list[Candidate]]:
-        """Return the bytes of all files in a place, and the files."""
-        size, found = 0, []
-        for entry in self._files.names(place):
-            with contextlib.suppress(FileNotFoundError):
-                status = entry.stat(follow_symlinks=False)
-                size += status.st_blocks * 512
-                if is_id(entry.name):
-                    found.append(Candidate(kind or Kind.CLEAN, status.st_mtime, entry.name, status.st_blocks * 512))
-        return size, found
 
 
 def _done(future: Future[None]) -> None:

@@ -77,6 +77,16 @@ class DirtyFiles(Protocol):
     def all_dirty(self) -> list[DirtyRecord]:
         """Return what is to be done."""
 
+    @property
+    def is_any_dirty(self) -> bool:
+        """Whether anything is to be done."""
+
+    def dirty_changes(self) -> set[str] | None:
+        """Return the paths at which something else may be to be done since the last call; None: at any of them."""
+
+    def ignore_dirty_changes(self) -> None:
+        """Forget who asked for changes."""
+
     def dirty(self, path: str) -> DirtyRecord | None:
         """Return what is to be done at a path."""
 

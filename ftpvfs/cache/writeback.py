@@ -14,8 +14,8 @@ import os
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ftpvfs import paths
 from ftpvfs.backend.backend import Backend, Entry
 from ftpvfs.cache.events import Events
 from ftpvfs.cache.records import DirtyRecord
+from ftpvfs.cache.schedule import Schedule
 from ftpvfs.cache.storing import SETTLED_AFTER, DirtyFiles, Outcome, Storing, Turn
 from ftpvfs.cache.uploadlog import UploadLog
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
@@ -38,11 +39,11 @@ logger = logging.getLogger(__name__)
 FIRST_RETRY, LONGEST_RETRY = 1.0, 300.0
 # Seconds after which another process notices that the leader is gone.
 TAKE_OVER = 0.3
-# Seconds between two looks at the queue: at the most (a ring may be lost with the process that heard it), with
+# Seconds between two looks at what has changed: at the most (a ring may be lost with the process that heard it), with
 # transfers under way that may have to be called off, and at the least, so that a thousand rings cost few looks.
 LONGEST_REST, SHORT_REST, SHORTEST_REST = 5.0, 0.5, 0.02
-# What a look may cost of all time, as its inverse.
-LOOKS_SHARE = 10
+# Seconds by which the clock may be set back without the whole queue being timed anew.
+CLOCK_STEP = 1.0
 # Seconds for which a process that stops waits whether the one that leads stops, too, and leaves it the rest.
 HAND_OVER = 2.0
 # Seconds that transfers get to end after they were called off as the process stops.
@@ -85,11 +86,14 @@ class WriteBack:
         )  # fmt: skip
         self._thread: threading.Thread | None = None
         self._is_ending = threading.Event()
+        # Held by who times paths, so that what was read first does not count last; before _lock.
+        self._timing = threading.Lock()
         # Held for moments only.
         self._lock = threading.Condition()
         # Protected by _lock.
         self._turns: dict[str, Turn] = {}
-        self._ready: deque[str] = deque()
+        # Paths that wait, but for those that have a turn.
+        self._schedule = Schedule()
         self._workers = 0
         # When each path was last tried here; and when all was asked for at once, by whom ever.
         self._tried: dict[str, float] = {}
@@ -135,8 +139,8 @@ class WriteBack:
         self._is_draining = True
         self._bell.ring()
         patience = HAND_OVER if timeout is None else min(timeout, HAND_OVER)
-        if self._wait_for(lambda: self._leader.try_acquire() or not self._cache.all_dirty(), patience):
-            self._wait_for(lambda: not self._cache.all_dirty(), timeout)
+        if self._wait_for(lambda: self._leader.try_acquire() or not self._cache.is_any_dirty, patience):
+            self._wait_for(lambda: not self._cache.is_any_dirty, timeout)
 
     def _end_transfers(self) -> None:
         self._is_ending.set()
@@ -192,28 +196,31 @@ class WriteBack:
         Raises the first failure where something is left: after `timeout` seconds; without one as soon as all that is
         left has been tried again in vain.
         """
-        waiting = {record.path: record for record in self._cache.all_dirty()}
+        waiting = self._cache.all_dirty()
         if not waiting:
             return
         asked = self._ask_for_all()
+        unsettled = list(waiting)
 
         def is_over() -> bool:
-            left = self._left_of(waiting, asked)
-            return not left or (timeout is None and all(record.tries > waiting[record.path].tries for record in left))
+            # One that is settled stays so: all looks together cost as much as one at the whole queue.
+            while unsettled:
+                left = self._left_of(unsettled[-1], asked)
+                if left is not None and (timeout is not None or left.tries <= unsettled[-1].tries):
+                    return False
+                unsettled.pop()
+            return True
 
         self._wait_for(is_over, timeout)
-        left = self._left_of(waiting, asked)
+        left = [record for each in waiting if (record := self._left_of(each, asked)) is not None]
         for record in sorted(left, key=lambda each: not each.error):
             raise _not_stored(record, len(left))
 
-    def _left_of(self, waiting: dict[str, DirtyRecord], asked: float) -> list[DirtyRecord]:
+    def _left_of(self, waiting: DirtyRecord, asked: float) -> DirtyRecord | None:
         """Return what still waits of what did; a file that was written since in its place is a new matter."""
-        return [
-            record
-            for record in self._cache.all_dirty()
-            if record.path in waiting
-            and (record.generation == waiting[record.path].generation or record.since <= asked)
-        ]
+        record = self._cache.dirty(waiting.path)
+        is_same = record is not None and (record.generation == waiting.generation or record.since <= asked)
+        return record if is_same else None
 
     def _ask_for_all(self) -> float:
         """Let the leader, whichever process that is, store everything that waits now; return the time of asking."""
@@ -245,6 +252,8 @@ class WriteBack:
                 self._clock.wait(self._is_ending, SETTLED_AFTER)
             if self._is_ending.is_set():
                 raise failure(errno.ECANCELED, path, "The VFS was closed")
+        with self._lock:
+            self._tried.pop(path, None)
 
     # --- the leader
 
@@ -260,45 +269,79 @@ class WriteBack:
                 self._is_ending.wait(FIRST_RETRY)
 
     def _lead(self) -> None:
+        self._cache.ignore_dirty_changes()  # those of before: the first look is at all
         for record in self._cache.all_dirty():
             if record.attempted:  # by a process that may have been killed in the middle of it
                 self._storing.doubt(record.path, is_conditional=record.base_known)
-        while not self._is_ending.is_set() and self._leader.try_acquire():
-            began = time.monotonic()
-            pause = self._look()
-            cost = time.monotonic() - began
-            self._bell.wait(pause)
-            self._is_ending.wait(max(SHORTEST_REST, LOOKS_SHARE * cost))
+        timed: _Timed | None = None
+        try:
+            while not self._is_ending.is_set() and self._leader.try_acquire():
+                timed = self._look(timed)
+                self._bell.wait(self._pause())
+                self._is_ending.wait(SHORTEST_REST)
+        finally:
+            self._cache.ignore_dirty_changes()
 
-    def _look(self) -> float:
-        """See what is due, begin it, and call off what is not wanted any more; return how long to rest then."""
+    def _look(self, timed: _Timed | None) -> _Timed:
+        """See what has changed since the queue was `timed`, begin what is due, and call off what nobody wants now."""
         self._note_request()
         self._is_hurried = self._cache.wants_stored()
-        now = self._clock.time()
-        dirty = {record.path: record for record in self._cache.all_dirty()}
+        now = _Timed(self._clock.time(), self._asked, self._is_draining, self._is_hurried)
+        changes = self._cache.dirty_changes()
+        if changes is None or timed is None or not now.follows(timed):
+            self._time_all(now.at)
+        else:
+            for path in changes:
+                self._time(path)
         with self._lock:
-            self._call_off_locked(dirty)
-            waiting = [(self._due(record, now), path) for path, record in dirty.items() if path not in self._turns]
-            ready = sorted(each for each in waiting if each[0] <= now)
-            self._ready = deque(path for _, path in ready)
-            self._tried = {path: tried for path, tried in self._tried.items() if path in dirty}
-            self._held = {path: until for path, until in self._held.items() if path in dirty}
             self._begin_locked()
-            is_busy = bool(self._turns)
             self._lock.notify_all()
+        return now
+
+    def _time_all(self, now: float) -> None:
+        """Time the whole queue anew: the clock was set, all is asked for, or nobody can say what has changed."""
+        with self._timing:
+            dirty = {record.path: record for record in self._cache.all_dirty()}
+            schedule = Schedule({path: self._due(record, now) for path, record in dirty.items()})
+            with self._lock:
+                turns = list(self._turns.values())
+                for turn in turns:
+                    schedule.set(turn.path, None)
+                self._schedule = schedule
+                self._tried = {path: tried for path, tried in self._tried.items() if path in dirty}
+                self._held = {path: until for path, until in self._held.items() if path in dirty}
+        for turn in turns:
+            _call_off(turn, dirty.get(turn.path))
+
+    def _time(self, path: str) -> None:
+        """Note when a path is due by now; call off what is under way for it, where that is not wanted any more."""
+        with self._timing:
+            record = self._cache.dirty(path)
+            with self._lock:
+                turn = self._turns.get(path)
+                if turn is None:
+                    self._schedule.set(path, None if record is None else self._due(record, self._clock.time()))
+                if turn is None and record is None:
+                    self._tried.pop(path, None)
+                    self._held.pop(path, None)
+        if turn is not None:
+            _call_off(turn, record)
+
+    def _pause(self) -> float:
+        """Return how long to rest unless something changes."""
         news = self.events.tell()
-        rests = [due - now for due, _ in waiting if due > now] + ([] if news is None else [news])
+        with self._lock:
+            # Who works takes what is due next without being told.
+            due = self._schedule.next_due() if self._workers < self._options.transfers else None
+            is_busy = bool(self._turns)
+        rests = [] if news is None else [news]
+        if due is not None:
+            rests.append(due - self._clock.time())
         return min([SHORT_REST if is_busy else LONGEST_REST, *(max(rest, SHORTEST_REST) for rest in rests)])
 
     def _note_request(self) -> None:
         with contextlib.suppress(FileNotFoundError, ValueError):
             self._asked = float(self._request.read_text())
-
-    def _call_off_locked(self, dirty: dict[str, DirtyRecord]) -> None:
-        for path, turn in self._turns.items():
-            record = turn.record
-            if record is not None and (path not in dirty or dirty[path].generation != record.generation):
-                turn.cancel()
 
     def _due(self, record: DirtyRecord, now: float) -> float:
         """Return the wall time from which on a record may be worked on.
@@ -322,7 +365,9 @@ class WriteBack:
         return due if due <= now + max(rest, LONGEST_RETRY) else now
 
     def _begin_locked(self) -> None:
-        for _ in range(min(self._options.transfers - self._workers, len(self._ready))):
+        """Begin to work on what is due in one thread more, which does the same once it has its turn."""
+        due = self._schedule.next_due()
+        if due is not None and due <= self._clock.time() and self._workers < self._options.transfers:
             self._workers += 1
             threading.Thread(target=self._work, name="ftpvfs-upload", daemon=True).start()
 
@@ -333,8 +378,7 @@ class WriteBack:
                 try:
                     self._take_turn(turn)
                 finally:
-                    with self._lock:
-                        self._turns.pop(turn.path, None)
+                    self._end_turn(turn.path)
         finally:
             with self._lock:
                 self._workers -= 1
@@ -345,18 +389,21 @@ class WriteBack:
     def _next_turn(self) -> Turn | None:
         while True:
             with self._lock:
-                if self._is_ending.is_set() or not self._ready:
+                path = None if self._is_ending.is_set() else self._schedule.take(self._clock.time())
+                if path is None:
                     return None
-                path = self._ready.popleft()
-                if path in self._turns:
-                    continue
                 turn = self._turns[path] = Turn(path)
+                self._begin_locked()
             record = self._cache.dirty(path)
             now = self._clock.time()
             if record is not None and self._due(record, now) <= now:
                 return turn
-            with self._lock:  # replaced by a newer one, or gone, since the last look
-                self._turns.pop(path, None)
+            self._end_turn(path)  # replaced by a newer one, or gone, since the last look
+
+    def _end_turn(self, path: str) -> None:
+        with self._lock:
+            self._turns.pop(path, None)
+        self._time(path)
 
     # --- one turn
 
@@ -419,6 +466,30 @@ class WriteBack:
         """Tell that a file was acknowledged, and wake the leader; to be called once it is published."""
         self._tell("received", record, record.path, None)
         self._bell.ring()
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What the times of the queue were made of."""
+
+    at: float
+    asked: float
+    is_draining: bool
+    is_hurried: bool
+
+    def follows(self, earlier: _Timed) -> bool:
+        """Tell whether times that were made earlier still hold."""
+        is_same = (self.asked, self.is_draining, self.is_hurried) == (
+            earlier.asked, earlier.is_draining, earlier.is_hurried
+        )  # fmt: skip
+        return is_same and self.at > earlier.at - CLOCK_STEP
+
+
+def _call_off(turn: Turn, record: DirtyRecord | None) -> None:
+    """Cancel a turn whose work is not wanted any more, since the path's record is another one by now."""
+    wanted = turn.record
+    if wanted is not None and (record is None or record.generation != wanted.generation):
+        turn.cancel()
 
 
 def _delay(tries: int, rest: float) -> float:

@@ -81,12 +81,13 @@ class ChangeFeed:
 
     def current(self) -> _RingFile:
         """Return the file to read from; looked for anew when the folder was emptied."""
-        file = self._file
-        if time.monotonic() - file.looked_at > LOOK_AGAIN:
-            with self._lock:
+        # Who holds the lock has looked just now, and may wait for a process that has the file locked.
+        if time.monotonic() - self._file.looked_at > LOOK_AGAIN and self._lock.acquire(blocking=False):
+            try:
                 self._reopen_if_replaced()
-                file = self._file
-        return file
+            finally:
+                self._lock.release()
+        return self._file
 
     def _reopen_if_replaced(self) -> None:
         if self._file.is_closed or self._file.is_in_place():

@@ -7,7 +7,22 @@ import fcntl
 import os
 import weakref
 
+from ftpvfs.waiting import Wait, about_to_wait
+
 _open: weakref.WeakSet[LockFile] = weakref.WeakSet()
+
+
+def lock(descriptor: int, kind: int) -> None:
+    """Lock an open file with a flock of `kind` (LOCK_EX, LOCK_SH).
+
+    Raises WouldWait, with nothing locked, where somebody else has to unlock it first and this thread may not wait for
+    that: nobody can say when a process that was stopped goes on.
+    """
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        about_to_wait(Wait.DISK)
+        fcntl.flock(descriptor, kind)
 
 
 class LockFile:
@@ -30,8 +45,8 @@ class LockFile:
         return self.descriptor < 0
 
     def lock(self) -> None:
-        """Lock the file; wait while somebody else has locked it."""
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        """Lock the file; wait, or raise WouldWait, while somebody else has locked it."""
+        lock(self.descriptor, fcntl.LOCK_EX)
 
     def try_lock(self) -> bool:
         """Lock the file where nobody else has; return whether it is locked by this object."""
@@ -42,8 +57,8 @@ class LockFile:
         return True
 
     def share(self) -> None:
-        """Lock the file together with others who share it; wait while somebody has it alone."""
-        fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        """Lock the file together with others who share it; wait, or raise WouldWait, while somebody has it alone."""
+        lock(self.descriptor, fcntl.LOCK_SH)
 
     def unlock(self) -> None:
         """Unlock, for all copies of the descriptor, those in a child that is just being forked among them."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ftpvfs.coordination.lockfile import LockFile
 from ftpvfs.paths import ancestors, encoded
+from ftpvfs.waiting import Wait, about_to_wait
 
 # Whether the system has locks of parts of a file that belong to who has opened it, and we know how it writes them.
 HAS_RANGES = sys.platform == "linux" and sys.maxsize > 2**32
@@ -56,6 +57,8 @@ class ThreadLocks:
             lock, users = self._paths.get(path, (threading.Lock(), 0))
             self._paths[path] = (lock, users + 1)
         try:
+            if blocking:
+                about_to_wait(Wait.STORE)  # for whoever changes the store at the path
             if not lock.acquire(blocking=blocking):
                 raise BlockingIOError(errno.EAGAIN, "Somebody else holds the path", path)
             try:
@@ -176,6 +179,7 @@ class _FolderLocks:
                     del self._gates[folder]
 
     def _enter(self, gate: _Gate, folder: str, *, alone: bool) -> None:
+        about_to_wait(Wait.STORE)
         with gate.line, contextlib.ExitStack() as turnstile:
             # Before this thread counts as a holder: it may wait for somebody here who waits for all holders to go.
             self._hold_for_process(f"{folder}//", turnstile)  # no path has such a name

@@ -19,6 +19,7 @@ from pyftpdlib import ioloop
 from pyftpdlib.ioloop import IOLoop
 
 from ftpvfs.server.offload import Offload
+from ftpvfs.waiting import Wait, limited_to
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +38,22 @@ class SlowTurn:
 class Loop(IOLoop):  # type: ignore[misc,valid-type,unused-ignore]
     """The event loop of a `VFSServer`. One thread; `call_soon_threadsafe` is for all others.
 
+    Whatever would wait for a disk or a store in this thread raises WouldWait instead; a task has it done by a lane.
+    So it is unless `may_wait_for` says otherwise.
+
     `offload` is where commands of this loop's sessions wait for what takes long. With `debug_slow_turn` (seconds) each
-    turn that takes longer is logged with its stack and kept in `slow_turns`.
+    turn that takes longer is logged with its stack and kept in `slow_turns`; `debug_cpu_time` sums up the seconds of a
+    processor that all turns took.
     """
 
     debug_slow_turn: float | None = None
+    # What its thread may wait for: pyftpdlib's own handlers leave it to nobody else, and have the loop wait.
+    may_wait_for = Wait.NOTHING
 
     def __init__(self) -> None:
         super().__init__()
         self.slow_turns: list[SlowTurn] = []
+        self.debug_cpu_time = 0.0
         self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._waker = _Waker()
         self._watchdog: _Watchdog | None = None
@@ -117,11 +125,12 @@ class Loop(IOLoop):  # type: ignore[misc,valid-type,unused-ignore]
         `timeout` bounds how long one turn may wait for something to happen.
         """
         soonest: float | None = None
-        while not self._is_closed and len(self.socket_map) > 1:  # beside the waker
-            waits = [each for each in (timeout, soonest) if each is not None]
-            soonest = self._turn(0 if self._calls else min(waits, default=None))
-            if not blocking:
-                break
+        with limited_to(self.may_wait_for):
+            while not self._is_closed and len(self.socket_map) > 1:  # beside the waker
+                waits = [each for each in (timeout, soonest) if each is not None]
+                soonest = self._turn(0 if self._calls else min(waits, default=None))
+                if not blocking:
+                    break
         return soonest
 
     def _turn(self, timeout: float | None) -> float | None:
@@ -130,8 +139,12 @@ class Loop(IOLoop):  # type: ignore[misc,valid-type,unused-ignore]
         if self._watchdog is None:
             self._watchdog = _Watchdog(self.debug_slow_turn, self.slow_turns)
         select.select([self.fileno()], [], [], timeout)  # so that waiting is not taken for work
-        with self._watchdog:
-            return self._served(0)
+        began = time.thread_time()
+        try:
+            with self._watchdog:
+                return self._served(0)
+        finally:
+            self.debug_cpu_time += time.thread_time() - began
 
     def _served(self, timeout: float | None) -> float | None:
         self.poll(timeout)

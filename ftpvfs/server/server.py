@@ -7,7 +7,9 @@ import socket
 
 from pyftpdlib.servers import FTPServer
 
+from ftpvfs.server.commands import Commands
 from ftpvfs.server.loop import Loop
+from ftpvfs.waiting import Wait
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ class VFSServer(FTPServer):
         backlog: int = 100,
     ) -> None:
         super().__init__(address_or_socket, handler, ioloop or Loop(), backlog)
+        if not issubclass(handler, Commands):
+            self.ioloop.may_wait_for = Wait.STORE
 
     def handle_accept(self) -> None:
         """Take the connections that wait."""

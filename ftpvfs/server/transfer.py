@@ -410,7 +410,7 @@ class VFSDTPHandler(DTPHandler):
     def _source_of(self, file: Any, kind: str) -> FileSource | ViewSource:
         is_text = kind == "a"
         is_tls = is_ssl_sock(self.socket)
-        if not is_text and not is_tls and self.cmd_channel.use_sendfile and file.descriptor() is not None:
+        if not is_text and not is_tls and self.cmd_channel.use_sendfile and file.is_in_file:
             return FileSource(file, self)
         source = TLSSource if is_tls else ViewSource
         return source(file, self, NetworkText() if is_text else None)

@@ -46,6 +46,8 @@ class CachedReadHandle(VersionedHandle):
     `open_at(entry)` opens the cached item of a version.
     """
 
+    is_in_file = True
+
     def __init__(
         self,
         path: str,
@@ -294,9 +296,10 @@ class Preparing(Generic[D]):
     def start(self) -> None:
         """Fetch what is missing; then make the draft."""
         self._tries += 1
-        if self._base is None:
-            self._run(self._make)
-            return
+        self._run(self._make if self._base is None else self._fill)  # to open the base waits for the disk, too
+
+    def _fill(self) -> None:
+        assert self._base is not None
         self._filling = self._base.fill()
         self._filling.add_done_callback(self._filled)
 

@@ -26,6 +26,7 @@ from ftpvfs.backend.backend import Entry
 from ftpvfs.clock import SYSTEM_CLOCK, Clock
 from ftpvfs.coordination.feed import Change, ChangeFeed
 from ftpvfs.errors import AWAY, failure
+from ftpvfs.vfs.known import FolderMap, Spellings
 from ftpvfs.waiting import Job, Wait, about_to_wait, current_job, shared_result_of, working_for
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ logger = logging.getLogger(__name__)
 SINGLES_BEFORE_LISTING = 16
 # Single names kept of a folder that is not listed, so that one which is only written to does not grow for ever.
 SINGLES_KEPT = 1024
-# Folders known before those that nobody asks about are looked for.
-FOLDERS_BEFORE_SWEEP = 1024
+# With each new folder so many others are looked at, whether somebody still asks about them; and in one go of a sweep.
+LOOKED_AT_WITH_NEW = 2
+SWEPT_AT_ONCE = 256
 # What is known of folders that were never listed is dropped after this time, also where answers are good for ever.
 UNLISTED_KEPT = 300.0
 
@@ -63,7 +65,7 @@ class Listing:
     `rendered` is for the layer above: what it made of this listing.
     """
 
-    __slots__ = ("_folded", "_names", "entries", "rendered", "timed")
+    __slots__ = ("_names", "entries", "rendered", "timed")
 
     def __init__(self, entries: dict[str, Entry]) -> None:
         self.entries = entries
@@ -72,7 +74,6 @@ class Listing:
         self.timed = False
         # Made when first wanted, and not under the cache's lock: a large folder takes a while.
         self._names: list[str] | None = None
-        self._folded: dict[str, str] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -82,13 +83,11 @@ class Listing:
         return self._names
 
     def find(self, name: str, fold: Callable[[str], str]) -> Entry | None:
-        """Return the entry called so, else the first one that is after `fold`."""
-        entry = self.entries.get(name)
-        if entry is None:
-            if self._folded is None:
-                self._folded = {fold(known): known for known in reversed(self.names)}
-            entry = self.entries.get(self._folded.get(fold(name), ""))
-        return entry
+        """Return the entry called so, else the first one that is after `fold`. Looks at all names."""
+        if name not in self.entries:
+            folded = fold(name)
+            name = min((known for known in self.entries if fold(known) == folded), default=name)
+        return self.entries.get(name)
 
     def only(self, names: Iterable[str]) -> Listing:
         """Return the listing of some of the entries."""
@@ -109,6 +108,8 @@ class _Folder:
 
     # None: never listed, or `missing`.
     entries: dict[str, Entry] | None = None
+    # Of the entries' names; None where only one spelling counts.
+    spellings: Spellings | None = None
     missing: bool = False
     read_at: float = float("-inf")
     # When nothing was there, for a folder that was made here and never listed; `singles` has all that came since.
@@ -187,8 +188,7 @@ class DirCache:
         self._telling = threading.Lock()
         self._lock = threading.Lock()
         # Protected by _lock, and so is the place in the feed: a change is either still to come, or applied.
-        self._folders: dict[str, _Folder] = {}
-        self._sweep_at = FOLDERS_BEFORE_SWEEP
+        self._folders: FolderMap[_Folder] = FolderMap()
         # The flights that those who ask now may wait for, and all that are in the air.
         self._flights: dict[tuple[str, str], _Flight] = {}
         self._airborne: set[_Flight] = set()
@@ -281,7 +281,7 @@ class DirCache:
         """Return the folder's listing where it is cached and current, without asking the store."""
         with self._lock:
             self._catch_up_locked()
-            return self._listing_locked(self._folders[path]) if self._is_listed(path) else None
+            return self._listing_locked(self._folder(path)) if self._is_listed(path) else None
 
     def knows(self, path: str) -> bool:
         """Tell whether `lookup` answers without asking the store."""
@@ -315,10 +315,9 @@ class DirCache:
                     return True, Entry(name, is_dir=True)
                 return self._is_young(asked_at, now), entry
             entry = None if folder.entries is None else folder.entries.get(name)
-            if entry is not None or folder.missing or not self._folds(name):
-                return True, entry
-            listing = self._listing_locked(folder)
-        return True, listing.find(name, self._fold)
+            if entry is None and folder.spellings is not None and folder.entries is not None and self._folds(name):
+                entry = folder.entries.get(folder.spellings.find(name, folder.entries) or "")
+            return True, entry
 
     def _ask_or_remember(self, parent: str, name: str) -> Entry | None:
         """Ask the store for a name; where it is away return the entry that the name had at last."""
@@ -339,7 +338,8 @@ class DirCache:
                 listing = self.listing(parent)
             except FileNotFoundError:
                 return None
-            return listing.find(name, self._fold) if self._folds(name) else listing.entries.get(name)
+            known, entry = self._known(parent, name)
+            return entry if known else listing.find(name, self._fold)
         path = paths.join(parent, name)
         return self._asked("stat", path, self._read_single, optional=optional)  # type: ignore[no-any-return]
 
@@ -433,16 +433,17 @@ class DirCache:
             folder = self._folder(flight.path)
             old = None if folder.entries is None else self._listing_locked(folder)
         is_same = old is not None and _take_over(old.entries, entries)
+        spellings = self._spellings(entries)
         with self._lock:
             self._land_locked(flight)
-            _apply(flight.changes.items(), entries)
+            _apply(flight.changes.items(), entries, spellings)
             folder = self._folder(flight.path)
             if not flight.kept:
                 return Listing(entries)
             if folder.flight > flight.number:  # somebody asked later and was answered earlier
                 return Listing(entries) if folder.entries is None else self._listing_locked(folder)
             if not (is_same and folder.listing is old):  # else what was made of the old listing is good for this one
-                folder.entries, folder.listing = entries, None
+                folder.entries, folder.spellings, folder.listing = entries, spellings, None
             self._answered_locked(folder, flight, now, missing=False)
             return self._listing_locked(folder)
 
@@ -455,7 +456,7 @@ class DirCache:
                 return Listing(made)
             folder = self._folder(flight.path)
             if flight.kept and folder.flight < flight.number:
-                folder.entries = folder.listing = None
+                folder.entries = folder.spellings = folder.listing = None
                 self._answered_locked(folder, flight, now, missing=True)
         raise failure(errno.ENOENT, flight.path)
 
@@ -588,7 +589,7 @@ class DirCache:
         if folder.entries is not None:
             if folder.listing is not None:  # somebody holds it
                 folder.entries, folder.listing = dict(folder.entries), None
-            _apply([(name, entry)], folder.entries)
+            _apply([(name, entry)], folder.entries, folder.spellings)
         if entry is not None:
             folder.missing = False
         if self._is_current(folder):
@@ -604,8 +605,9 @@ class DirCache:
             self._forget_locked(path)
         elif entry.is_dir:
             self._unkeep_locked(lambda flight: flight.kind == "list" and flight.path == path)
-            if path in self._folders:
-                self._folders[path].missing = False
+            known = self._folders.get(path)
+            if known is not None:
+                known.missing = False
 
     def forget(self, path: str = "") -> None:
         """Drop all that is cached at and below the folder; the store is asked again when somebody wants it."""
@@ -629,15 +631,16 @@ class DirCache:
     def _drop_locked(self, path: str) -> None:
         parent, name = paths.split(path)
         self._forget_locked(path)
-        if parent in self._folders:
-            self._folders[parent].singles.pop(name, None)
+        folder = self._folders.get(parent)
+        if folder is not None:
+            folder.singles.pop(name, None)
 
     def _doubt_locked(self, path: str) -> None:
         self._forget_locked(path)
         self._relist_locked(paths.split(path)[0])
 
     def _relist_locked(self, path: str) -> None:
-        self._folders.pop(path, None)
+        self._folders.drop(path)
         self._unkeep_locked(lambda flight: flight.kind == "list" and flight.path == path)
 
     def _publish(self, change: Change) -> None:
@@ -674,22 +677,26 @@ class DirCache:
         """Return the listed folders that somebody asked about in the last `seconds`."""
         now = self._clock.monotonic()
         with self._lock:
-            return [
-                path
-                for path, folder in self._folders.items()
-                if folder.entries is not None and now - folder.used_at <= seconds
-            ]
+            folders = self._folders.items()
+        return [
+            path for path, folder in folders if folder.entries is not None and now - folder.used_at <= seconds
+        ]
 
     def sweep(self) -> None:
         """Release the memory of folders that nobody asked about for longer than an answer is good."""
         with self._lock:
-            self._sweep_locked()
+            left = len(self._folders)
+        while left > 0:
+            with self._lock:
+                self._folders.release(SWEPT_AT_ONCE)
+                self._sweep_some_locked(SWEPT_AT_ONCE)
+            left -= SWEPT_AT_ONCE
 
     def counts(self) -> dict[str, int]:
         """Return how much is cached: folders and entries."""
         with self._lock:
-            entries = sum(len(folder.entries or ()) for folder in self._folders.values())
-            return {"folders": len(self._folders), "entries": entries}
+            folders = self._folders.items()
+        return {"folders": len(folders), "entries": sum(len(folder.entries or ()) for _, folder in folders)}
 
     def waiting(self, kind: str, path: str) -> int:
         """Return how many wait for a request about the path."""
@@ -702,18 +709,17 @@ class DirCache:
     def _folder(self, path: str) -> _Folder:
         folder = self._folders.get(path)
         if folder is None:
-            if len(self._folders) >= self._sweep_at:
-                self._sweep_locked()
-                self._sweep_at = max(FOLDERS_BEFORE_SWEEP, 2 * len(self._folders))
-            folder = self._folders[path] = _Folder(used_at=self._clock.monotonic())
+            self._sweep_some_locked(LOOKED_AT_WITH_NEW)
+            folder = _Folder(used_at=self._clock.monotonic())
+            self._folders.add(path, folder)
         return folder
 
-    def _sweep_locked(self) -> None:
+    def _sweep_some_locked(self, count: int) -> None:
         now = self._clock.monotonic()
         listed = float("inf") if self._max_age is None else self._max_age
-        for path, folder in list(self._folders.items()):
+        for path, folder in self._folders.oldest(count):
             if now - folder.used_at >= (listed if folder.entries is not None else min(listed, UNLISTED_KEPT)):
-                del self._folders[path]
+                self._folders.drop(path)
 
     def _is_young(self, at: float, now: float) -> bool:
         return at > float("-inf") and (self._max_age is None or now - at < self._max_age)
@@ -747,9 +753,14 @@ class DirCache:
     def _fold(self, name: str) -> str:
         return paths.folded(name, case=self._fold_case, unicode=self._fold_unicode)
 
+    def _spellings(self, names: Iterable[str]) -> Spellings | None:
+        """Return the other spellings of a folder's names; takes a while where there are many."""
+        if not (self._fold_case or self._fold_unicode):
+            return None
+        return Spellings(self._fold, names)
+
     def _forget_locked(self, path: str) -> None:
-        for known in [known for known in self._folders if paths.is_within(known, path)]:
-            del self._folders[known]
+        self._folders.drop_below(path)
         self._unkeep_locked(lambda flight: paths.is_within(flight.path, path))
 
     def _unkeep_locked(self, matches: Callable[[_Flight], bool]) -> None:
@@ -760,12 +771,17 @@ class DirCache:
                 del self._flights[flight.kind, flight.path]
 
 
-def _apply(changes: Iterable[tuple[str, Entry | None]], entries: dict[str, Entry]) -> None:
+def _apply(
+    changes: Iterable[tuple[str, Entry | None]], entries: dict[str, Entry], spellings: Spellings | None
+) -> None:
+    """Bring entries, and their spellings, up to date."""
     for name, entry in changes:
         if entry is None:
             entries.pop(name, None)
         else:
             entries[name] = entry
+        if spellings is not None:
+            (spellings.discard if entry is None else spellings.add)(name)
 
 
 def _take_over(old: dict[str, Entry], new: dict[str, Entry]) -> bool:

@@ -58,6 +58,8 @@ class Handle(io.RawIOBase):
     # What the last step of a transfer (`commit`, `verify`) waits for at the least, and what `abandon` waits for.
     last_step_waits_for = Wait.STORE
     abandon_waits_for = Wait.STORE
+    # Whether the bytes stand in a file of this machine, whose `descriptor` is known once some are ready.
+    is_in_file = False
 
     def __init__(self, path: str, name: str) -> None:
         super().__init__()
@@ -355,6 +357,8 @@ class ReadHandle(VersionedHandle):
 class FileHandle(ReadingHandle):
     """A file of a store on this machine's own disk, read directly. `fileno` is real, so sendfile works."""
 
+    is_in_file = True
+
     def __init__(self, path: str, name: str, opened: OpenFile, *, seekable: bool = True) -> None:
         super().__init__(path, name, seekable=seekable)
         self._opened = opened
@@ -529,6 +533,7 @@ class WriteHandle(WritingHandle):
         self.accept(data)
         while (busy := self.pressure()) is not None:
             wait([busy])
+            del busy  # see `Upload.write`
         return self._position - before
 
     def accept(self, data: ReadableBuffer) -> None:
