@@ -42,7 +42,8 @@ GUARDS = {"VFSDTPHandler._wake", "VFSDTPHandler.close"}
 # What says a reply, or runs what does: where these fail nobody can be told, and the end of the session says so.
 SPEAKERS = {
     "Commands.push", "Commands.say", "Commands.initiate_send", "Commands._run_commands", "Commands._run_some",
-    "Commands._run_line", "Commands._run_command", "Commands._next_line", "Commands._continue", "Commands._is_over",
+    "Commands._run_line", "Commands._run_command", "Commands._next_line", "Commands._end_of_line",
+    "Commands._continue", "Commands._is_over",
     "Commands.handle_read", "Commands._read_on", "Commands._may_read", "Commands._abort_if_asked", "Commands.decode",
     "Commands._listen_for", "VFSHandler.answer_transfer", "VFSHandler.respond", "VFSHandler.log", "VFSHandler.logline",
     "VFSHandler.pre_process_command", "Limited.pre_process_command",
