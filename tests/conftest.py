@@ -69,12 +69,12 @@ START_TIMEOUT = 30.0  # seconds for `python -m ftpvfs` to print its line; botoco
 # `-m fast`, which `.ci/run` runs on the oldest and the newest Python of the machine as well: the pure modules, the VFS,
 # the cache and FTP sessions over a local folder or memory, and nothing that starts a store's server or a program.
 FAST_MODULES = {
-    "test_appends", "test_authorizer", "test_backend_local", "test_bans", "test_cache", "test_cache_damage",
-    "test_cache_space", "test_checksum", "test_config", "test_dircache", "test_eviction", "test_filesystem",
-    "test_ftp_downloads", "test_ftp_embedded", "test_ftp_names", "test_ftp_sessions", "test_handle",
-    "test_history", "test_index", "test_layers", "test_limits", "test_logs", "test_memory", "test_openmode",
-    "test_paths", "test_proxy_protocol", "test_ranges", "test_readahead", "test_records", "test_shared_names",
-    "test_state", "test_users", "test_verbs", "test_vfs", "test_vfs_cache", "test_waiting",
+    "test_authorizer", "test_backend_local", "test_bans", "test_cache", "test_checksum", "test_config",
+    "test_dircache", "test_downloads", "test_eviction", "test_filesystem", "test_ftp_downloads",
+    "test_ftp_embedded", "test_ftp_sessions", "test_handle", "test_history", "test_index", "test_logs",
+    "test_memory", "test_openmode", "test_paths", "test_proxy_protocol", "test_ranges", "test_readahead",
+    "test_records", "test_shared_names", "test_state", "test_verbs", "test_vfs", "test_vfs_cache",
+    "test_waiting",
 }  # fmt: skip
 SLOW_FIXTURES = {"child", "fake_gcs", "gs_store", "launched", "make_proxy", "s3_store", "seaweedfs", "sftp_server"}
 
@@ -655,7 +655,8 @@ LISTENING = re.compile(
 
 def program_environment(environment: dict[str, str] | None = None) -> dict[str, str]:
     """The test's environment with the tree under test first, whether it is installed or not."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FTPVFS_TEST_")}
+    return {**inherited, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})}
 
 
 @pytest.fixture

@@ -177,7 +177,9 @@ class User:
             assert down.read(1000) == self.files[name].data[:1000]
             self._ftp.putcmd("ABOR")
         replies = [last_reply(self._ftp), last_reply(self._ftp)]
-        assert [reply[:3] for reply in replies] in (["426", "226"], ["226", "225"], ["226", "226"]), replies
+        # The server may have heard of the end of the data connection first, or have sent all.
+        assert replies[0][:3] in {"226", "426"}, replies
+        assert replies[1][:3] in {"225", "226"}, replies
 
     def _abort_storing(self) -> None:
         self.said.append("STOR and ABOR")
