@@ -96,16 +96,18 @@ class Watch:
                 self.opened[session.remote_port] = Opened(filesystem.vfs, handle, session.watched_offset, is_text)
             return handle
 
-        def watched_log(session: Any, **transfer: Any) -> None:
+        def watched_log(
+            session: Any, cmd: str, filename: str, receive: bool, completed: bool, elapsed: float, bytes: int  # noqa: A002
+        ) -> None:
             opened = self.opened.get(session.remote_port)
-            if opened is not None and transfer["completed"] and not transfer["receive"] and not opened.is_text:
+            if opened is not None and completed and not receive and not opened.is_text:
                 self.counted += 1
-                if transfer["bytes"] != opened.length:
+                if bytes != opened.length:
                     self.report(
-                        f"RETR {transfer['filename']} was answered 226 after {transfer['bytes']} bytes; the version has"
-                        f" {opened.length} behind offset {opened.offset}"
+                        f"RETR {filename} was answered 226 after {bytes} bytes; the version has {opened.length} behind"
+                        f" offset {opened.offset}"
                     )
-            log_transfer(session, **transfer)
+            log_transfer(session, cmd, filename, receive, completed, elapsed, bytes)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(FTPHandler, "process_command", watched_command)

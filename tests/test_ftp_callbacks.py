@@ -20,6 +20,7 @@ from pyftpdlib.servers import FTPServer, MultiprocessFTPServer, ThreadedFTPServe
 from ftpvfs import TLS_VFSDTPHandler, VFSDTPHandler, VFSHandler
 from tests.certificates import write_certificate
 from tests.conftest import Store, connect, download, last_reply, open_transfer, reset, upload
+from tests.downloads import TLSClient
 from tests.servers import wait_until
 
 KIB = 2**10
@@ -189,7 +190,7 @@ def test_the_same_over_tls(
     address = ftp_server(
         make_store("local"), server_class=ThreadedFTPServer, handler=TLS_FTPHandler, attributes=attributes
     )
-    with ftplib.FTP_TLS(context=ssl.create_default_context(cafile=certificate)) as ftp:
+    with TLSClient(context=ssl.create_default_context(cafile=certificate)) as ftp:
         ftp.connect(*address, timeout=30)
         ftp.login()
         ftp.prot_p()

@@ -17,6 +17,7 @@ from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import FTPServer
 
 from tests.conftest import Store, connect, download, last_reply, open_transfer, reply, upload
+from tests.downloads import Client
 from tests.servers import HOST
 
 Serve = Callable[..., tuple[str, int]]
@@ -256,7 +257,7 @@ def test_the_table_has_every_verb(address: Address) -> None:
 @pytest.mark.parametrize(("line", "codes"), VERBS.items(), ids=lambda value: str(value))
 def test_each_verb_in_each_state(address: Address, line: str, codes: tuple[int, int, int]) -> None:
     before, after, _ = codes
-    with ftplib.FTP(timeout=30, encoding="utf-8") as ftp:
+    with Client(timeout=30, encoding="utf-8") as ftp:
         ftp.connect(*address)
         assert reply(ftp, line)[:3] == str(before)
     with connect(address) as ftp:

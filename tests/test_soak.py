@@ -6,8 +6,8 @@ clear and in TLS; they store, append, resume, read, rename and delete files from
 transfers in their middle, and compare every download and every listing with what they have stored. Beside them others
 share three names (`tests.shared`). In the end the server stops in good order, and the store has exactly the files.
 
-`FTPVFS_TEST_SOAK` is the number of sessions in all; 3600 by default, one for each second of an hour, which take some
-ten minutes. `FTPVFS_TEST_SEED` sets the seed, which is in what a failure says.
+`FTPVFS_TEST_SOAK` is the number of sessions in all; 3600 by default, one for each second of an hour, which take about
+a quarter of an hour. `FTPVFS_TEST_SEED` sets the seed, which is in what a failure says.
 """
 
 from __future__ import annotations
