@@ -270,7 +270,10 @@ def _at_store(opened: Opened) -> bytes | None:
 def _is_that_version(opened: Opened) -> bool:
     """Tell whether the store has the version still that was opened."""
     from ftpvfs.backend.backend import Tuning, open_backend
+    from ftpvfs.vfs.pending import is_local
 
+    if is_local(opened.handle.entry):  # it waits in the cache; the store, which may be silent, need not be asked
+        return False
     store = WATCH.stores[opened.vfs]
     backend = open_backend(store.url, store.storage_options, Tuning())
     try:
