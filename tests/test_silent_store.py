@@ -35,6 +35,11 @@ DATA = b"from the store" * 100
 WAITS = 60.0
 
 
+def any_ask_the_store() -> bool:
+    """Whether threads beside those of the sessions wait for an answer."""
+    return any(thread.name in {"ftpvfs-ask", "ftpvfs-later"} for thread in threading.enumerate())
+
+
 class Silent(Hanging):
     """A server in a cache mode over an S3 store that answers until the test silences it; `waiting/` has what waits."""
 
@@ -67,10 +72,11 @@ class Silent(Hanging):
             assert last_reply(ftp).startswith("550 ")
 
     def close(self) -> None:
-        """Let all go on, and end."""
+        """Let all go on, and end; whoever still asks the store gets an answer."""
         self.proxy.heal()
         for ftp in self.clients:
             ftp.close()
+        wait_until(lambda: not self.busy and not any_ask_the_store(), timeout=WAITS)
 
 
 @pytest.fixture
@@ -335,7 +341,7 @@ def watched(
     yield make
     for each in made:
         each.proxy.heal()
-        wait_until(lambda: not any(thread.name == "ftpvfs-ask" for thread in threading.enumerate()), timeout=WAITS)
+        wait_until(lambda: not any_ask_the_store(), timeout=WAITS)
 
 
 def test_only_the_first_upload_into_a_silent_store_waits_until_the_store_has_answered(
