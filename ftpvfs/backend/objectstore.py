@@ -86,12 +86,16 @@ class ObjectStoreBackend(Backend):
             outcome = await self.retry.acall(request)
         except Exception as error:  # noqa: BLE001 - translated
             del request  # may have bytes with it, which nobody needs any more
-            known = self.failed(error, path)
-            if known.errno == ENOSTORE:
-                self._bucket_is_missing()
-            raise known from without_frames(error)
+            raise self._known(error, path) from without_frames(error)
         self.tuning.answered()
         return outcome
+
+    def _known(self, error: Exception, path: str) -> OSError:
+        """Return a failure as an OSError, and note what it says of the whole store."""
+        known = self.failed(error, path)
+        if known.errno == ENOSTORE:
+            self._bucket_is_missing()
+        return known
 
     def _bucket_is_missing(self) -> None:
         if self._is_bucket_seen:

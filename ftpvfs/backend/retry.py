@@ -64,7 +64,7 @@ class Retry:
 
         try:
             return await self._async.copy()(attempt)
-        except Exception as error:  # noqa: BLE001 - raised again
+        except BaseException as error:  # noqa: BLE001 - raised again; who cancels a request leaves as much as a failure
             setattr(error, SPENT, True)
             raise without_frames(error)  # noqa: B904 - without tenacity's own frames, too
 

@@ -182,7 +182,7 @@ class Space:
             self._tell(told)
         except WouldWait:  # for another process: it is told with what comes next
             with self._lock:
-                self._untold += told
+                self._untold, self._unpaced = self._untold + told, self._unpaced + paced
             return
         except BaseException:
             with self._lock:  # nothing was counted
