@@ -36,7 +36,9 @@ logger = logging.getLogger(__name__)
 SINGLES_BEFORE_LISTING = 16
 # Single names kept of a folder that is not listed, so that one which is only written to does not grow for ever.
 SINGLES_KEPT = 1024
-# With each new folder so many others are looked at, whether somebody still asks about them; and in one go of a sweep.
+# Folders known before those that nobody asks about are looked for: until then also what is old may be of use, while the
+# store is away. From then on so many are looked at with each new one; and in one go of a sweep.
+FOLDERS_BEFORE_SWEEP = 1024
 LOOKED_AT_WITH_NEW = 2
 SWEPT_AT_ONCE = 256
 # What is known of folders that were never listed is dropped after this time, also where answers are good for ever.
@@ -709,7 +711,8 @@ class DirCache:
     def _folder(self, path: str) -> _Folder:
         folder = self._folders.get(path)
         if folder is None:
-            self._sweep_some_locked(LOOKED_AT_WITH_NEW)
+            if len(self._folders) >= FOLDERS_BEFORE_SWEEP:
+                self._sweep_some_locked(LOOKED_AT_WITH_NEW)
             folder = _Folder(used_at=self._clock.monotonic())
             self._folders.add(path, folder)
         return folder
