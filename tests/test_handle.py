@@ -124,7 +124,7 @@ def test_a_closed_handle_does_nothing_any_more(handle: Any) -> None:
 
 def test_without_seeking_it_can_only_be_read_on(store: Store, make_vfs: MakeVFS, tmp_path: Any) -> None:
     store.write("a", b"0123456789")
-    with make_vfs(store, cache_dir=str(tmp_path), no_seek=True).open("a") as handle:
+    with make_vfs(store, cache_dir=str(tmp_path / "cache"), no_seek=True).open("a") as handle:
         assert not handle.seekable()
         assert handle.read(3) == b"012"
         assert handle.seek(3) == handle.seek(0, io.SEEK_CUR) == 3
@@ -136,7 +136,7 @@ def test_without_seeking_it_can_only_be_read_on(store: Store, make_vfs: MakeVFS,
 
 @pytest.mark.parametrize("content", [b"", b"x", os.urandom(3_000_000)])
 def test_what_was_written_is_read(store: Store, make_vfs: MakeVFS, tmp_path: Any, content: bytes) -> None:
-    vfs = make_vfs(store, cache_dir=str(tmp_path))
+    vfs = make_vfs(store, cache_dir=str(tmp_path / "cache"))
     with vfs.open("f", "wb") as handle:
         assert handle.write(content) == len(content)
     assert store.read("f") == content
@@ -152,7 +152,7 @@ def test_a_file_replaced_before_its_first_byte_was_read_is_read_as_it_is_now(
     store: Store, make_vfs: MakeVFS, tmp_path: Any
 ) -> None:
     store.write("a", b"old" * 1000)
-    vfs = make_vfs(store, cache_dir=str(tmp_path))
+    vfs = make_vfs(store, cache_dir=str(tmp_path / "cache"))
     vfs.listdir()
     store.write("a", b"newer" * 1000)
     with vfs.open("a") as handle:
@@ -162,7 +162,7 @@ def test_a_file_replaced_before_its_first_byte_was_read_is_read_as_it_is_now(
 
 def test_a_file_that_was_empty_is_read_as_it_is_now(store: Store, make_vfs: MakeVFS, tmp_path: Any) -> None:
     store.write("a", b"")
-    vfs = make_vfs(store, cache_dir=str(tmp_path))
+    vfs = make_vfs(store, cache_dir=str(tmp_path / "cache"))
     vfs.listdir()
     store.write("a", b"no more")
     with vfs.open("a") as handle:
@@ -175,7 +175,8 @@ def test_a_file_replaced_after_the_first_byte_is_an_error_and_no_mix(
 ) -> None:
     size = 4 * 2**20
     store.write("a", b"o" * size)
-    vfs = make_vfs(store, cache_dir=str(tmp_path), read_chunk_size="256k", buffer_size="256k", read_chunk_streams=1)
+    chunks = {"read_chunk_size": "256k", "buffer_size": "256k", "read_chunk_streams": 1}
+    vfs = make_vfs(store, cache_dir=str(tmp_path / "cache"), **chunks)
     with vfs.open("a") as handle:
         assert handle.read(1000) == b"o" * 1000
         store.write("a", b"n" * size)
@@ -189,7 +190,7 @@ def test_a_local_file_written_in_place_while_it_is_read_is_an_error(
     local_store: Store, make_vfs: MakeVFS, tmp_path: Any
 ) -> None:
     local_store.write("a", b"o" * 1000)
-    with make_vfs(local_store, cache_dir=str(tmp_path)).open("a") as handle:
+    with make_vfs(local_store, cache_dir=str(tmp_path / "cache")).open("a") as handle:
         assert handle.read(10) == b"o" * 10
         local_store.write("a", b"nn")
         with pytest.raises(OSError, match="a") as caught:
@@ -201,7 +202,7 @@ def test_a_file_that_is_gone_is_enoent_and_gone_from_the_listing(
     s3_store: Store, make_vfs: MakeVFS, tmp_path: Any
 ) -> None:
     s3_store.write("a", b"x")
-    vfs = make_vfs(s3_store, cache_dir=str(tmp_path))
+    vfs = make_vfs(s3_store, cache_dir=str(tmp_path / "cache"))
     assert vfs.listdir() == ["a"]
     s3_store.delete("a")
     with vfs.open("a") as handle, pytest.raises(FileNotFoundError):
@@ -323,7 +324,7 @@ def test_seeking_to_where_it_is_keeps_what_was_read_ahead() -> None:
 def test_leaving_a_with_block_publishes_and_an_exception_in_it_does_not(
     store: Store, make_vfs: MakeVFS, tmp_path: Any
 ) -> None:
-    vfs = make_vfs(store, cache_dir=str(tmp_path))
+    vfs = make_vfs(store, cache_dir=str(tmp_path / "cache"))
     with vfs.open("a", "wb") as handle:
         handle.write(b"whole")
     with pytest.raises(RuntimeError), vfs.open("a", "wb") as handle:  # noqa: PT012
@@ -335,7 +336,7 @@ def test_leaving_a_with_block_publishes_and_an_exception_in_it_does_not(
 
 
 def test_a_forgotten_or_abandoned_handle_publishes_nothing(store: Store, make_vfs: MakeVFS, tmp_path: Any) -> None:
-    vfs = make_vfs(store, cache_dir=str(tmp_path))
+    vfs = make_vfs(store, cache_dir=str(tmp_path / "cache"))
     handle = vfs.open("forgotten", "wb")
     handle.write(b"x" * 100)
     del handle
@@ -352,7 +353,7 @@ def test_a_forgotten_or_abandoned_handle_publishes_nothing(store: Store, make_vf
 
 
 def test_without_autocommit_only_commit_publishes(store: Store, make_vfs: MakeVFS, tmp_path: Any) -> None:
-    vfs = make_vfs(store, cache_dir=str(tmp_path))
+    vfs = make_vfs(store, cache_dir=str(tmp_path / "cache"))
     handle = vfs.open("a", "wb", autocommit=False, name="/as/the/client/says")
     assert handle.name == "/as/the/client/says"
     handle.write(b"one")
@@ -371,7 +372,7 @@ def test_without_autocommit_only_commit_publishes(store: Store, make_vfs: MakeVF
 
 
 def test_a_written_file_is_a_file_for_pythons_own_tools(store: Store, make_vfs: MakeVFS, tmp_path: Any) -> None:
-    vfs = make_vfs(store, cache_dir=str(tmp_path))
+    vfs = make_vfs(store, cache_dir=str(tmp_path / "cache"))
     with vfs.open("copy", "wb") as handle:
         assert handle.writable()
         assert not handle.readable()
@@ -401,7 +402,7 @@ def test_a_written_file_is_a_file_for_pythons_own_tools(store: Store, make_vfs: 
 def test_bytes_like_objects_of_any_kind_are_written(memory_store: Store, make_vfs: MakeVFS, tmp_path: Any) -> None:
     import array
 
-    with make_vfs(memory_store, cache_dir=str(tmp_path)).open("a", "wb") as handle:
+    with make_vfs(memory_store, cache_dir=str(tmp_path / "cache")).open("a", "wb") as handle:
         assert handle.write(bytearray(b"ab")) == 2
         assert handle.write(memoryview(b"cdef")[1:3]) == 2
         assert handle.write(array.array("H", [0x4141, 0x4242])) == 4
@@ -413,7 +414,7 @@ def test_what_the_caller_does_with_its_buffer_afterwards_does_not_matter(
     store: Store, make_vfs: MakeVFS, tmp_path: Any
 ) -> None:
     buffer = bytearray(b"first")
-    with make_vfs(store, cache_dir=str(tmp_path)).open("a", "wb") as handle:
+    with make_vfs(store, cache_dir=str(tmp_path / "cache")).open("a", "wb") as handle:
         handle.write(buffer)
         buffer[:] = b"XXXXX"
         handle.write(memoryview(buffer))
@@ -421,7 +422,7 @@ def test_what_the_caller_does_with_its_buffer_afterwards_does_not_matter(
 
 
 def test_a_file_that_is_written_cannot_be_read_nor_sought(store: Store, make_vfs: MakeVFS, tmp_path: Any) -> None:
-    with make_vfs(store, cache_dir=str(tmp_path)).open("a", "wb") as handle:
+    with make_vfs(store, cache_dir=str(tmp_path / "cache")).open("a", "wb") as handle:
         handle.write(b"12345")
         assert handle.tell() == 5
         for offset, whence in ((0, 0), (5, 0), (6, 0), (-1, 1), (0, 2)):

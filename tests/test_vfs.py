@@ -170,7 +170,7 @@ def test_a_closed_vfs_opens_again_when_it_is_used(store: Store, vfs: VFS) -> Non
 
 
 def test_options_come_as_keywords_or_ready_made(memory_store: Store, tmp_path: Path) -> None:
-    options = vfs_options(cache_dir=str(tmp_path), read_only=True, poll_interval=None)
+    options = vfs_options(cache_dir=str(tmp_path / "cache"), read_only=True, poll_interval=None)
     with VFS(memory_store.url, options=options) as vfs:
         fails(errno.EROFS, "d", vfs.mkdir, "d")
     with pytest.raises(TypeError):
@@ -551,7 +551,7 @@ def test_now_is_the_clocks_and_a_new_file_has_it(
 ) -> None:
     if store.kind == "memory":
         pytest.skip("the store's own time is all there is")
-    vfs = make_vfs(store, cache_dir=str(tmp_path), poll_interval=None, clock=clock)
+    vfs = make_vfs(store, cache_dir=str(tmp_path / "cache"), poll_interval=None, clock=clock)
     put(vfs, "a")
     assert vfs.stat("a").st_mtime == clock.now
     clock.advance(100)
@@ -821,7 +821,7 @@ def test_hostile_names_are_names_like_any_other(store: Store, vfs_of: Callable[.
 def test_changes_of_others_are_seen_after_forget_refresh_or_time(
     store: Store, make_vfs: Callable[..., VFS], tmp_path: Path, clock: MovedClock
 ) -> None:
-    vfs = make_vfs(store, cache_dir=str(tmp_path), poll_interval=None, clock=clock)
+    vfs = make_vfs(store, cache_dir=str(tmp_path / "cache"), poll_interval=None, clock=clock)
     store.write("d/a", b"1")
     assert vfs.listdir("d") == ["a"]
     store.write("d/b", b"1")
@@ -890,7 +890,7 @@ def test_polling_sees_changes_in_folders_that_are_in_use_only(
     s3_store.write("used/a")
     s3_store.write("idle/a")
     proxy = make_proxy(s3_store)
-    vfs = make_vfs(s3_store.proxied(proxy), cache_dir=str(tmp_path), use_server_modtime=True, clock=clock)
+    vfs = make_vfs(s3_store.proxied(proxy), cache_dir=str(tmp_path / "cache"), use_server_modtime=True, clock=clock)
     vfs.listdir("idle")
     assert clock.waits.acquire(timeout=10)
     clock.advance(59)
@@ -920,7 +920,7 @@ def test_a_store_that_is_away_while_polling_leaves_what_is_cached(
     s3_store.write("d/a")
     proxy = make_proxy(s3_store)
     options = {"use_server_modtime": True, "clock": clock, "low_level_retries": 1}
-    vfs = make_vfs(s3_store.proxied(proxy), cache_dir=str(tmp_path), **options)
+    vfs = make_vfs(s3_store.proxied(proxy), cache_dir=str(tmp_path / "cache"), **options)
     vfs.listdir("d")
     assert clock.waits.acquire(timeout=10)
     proxy.refuse = True

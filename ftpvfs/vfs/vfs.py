@@ -490,8 +490,9 @@ class VFS:
             raise failure(errno.EISDIR, path, "A name that ends in a slash is a folder's")
         if is_written:
             self._check_writable(path)
+        is_dirty = self._is_dirty(path, may_be_gone=is_written)
         kind = handle_kind(
-            self._mode, flags, path, exists=entry is not None or partial is not None, is_dirty=self._is_dirty(path)
+            self._mode, flags, path, exists=entry is not None or partial is not None, is_dirty=is_dirty
         )
         if entry is None:
             self._check_new(path, is_known=is_known)
@@ -587,11 +588,16 @@ class VFS:
             logger.info("what is at %r by now is not known: %s", path, error)
             return None, False
 
-    def _is_dirty(self, path: str) -> bool:
+    def _is_dirty(self, path: str, *, may_be_gone: bool) -> bool:
+        """Tell whether a file waits at the path. Where it was deleted since it was looked up, and `may_be_gone` is
+        false, raise ENOENT: what the store still has there is older than what was acknowledged since.
+        """
         pending = self.core.pending
         try:
             return pending is not None and pending.find(path) is not None
         except FileNotFoundError:
+            if not may_be_gone:
+                raise
             return False
 
     def _existing(self, path: str) -> Entry | None:
