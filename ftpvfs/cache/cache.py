@@ -299,11 +299,15 @@ class Cache:
 
     def resume(self, partial: PartialRecord) -> Draft:
         """Go on with an interrupted upload; ENOENT where somebody else does so, or it is gone."""
-        file = self.files.open(Place.INCOMING, partial.id, writable=True)
+        gone = failure(errno.ENOENT, partial.path, "There is no such interrupted upload any more")
+        try:
+            file = self.files.open(Place.INCOMING, partial.id, writable=True)
+        except FileNotFoundError:
+            raise gone from None
 
         def take(changes: Changes) -> None:
             if changes.partial(partial.path) != partial:
-                raise failure(errno.ENOENT, partial.path, "There is no such interrupted upload any more")
+                raise gone
             changes.drop_partial(partial.path)
 
         try:
