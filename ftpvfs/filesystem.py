@@ -7,6 +7,7 @@ the VFS has no links.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import posixpath
@@ -271,8 +272,8 @@ class VFSFilesystem(AbstractedFS):
         self._make_home()
         folder = self.root if dir is None else dir
         for _ in range(50):
-            name = posixpath.join(folder, f"{prefix}{secrets.token_hex(4)}{suffix}")
-            if not self._call(self.vfs.exists, self._path(name)):
+            name = posixpath.join(folder, f"{prefix}{secrets.token_hex(8)}{suffix}")
+            with contextlib.suppress(FileExistsError):
                 return self._opened(name, "xb")
         raise failure(errno.EEXIST, folder, "No usable unique file name found")
 

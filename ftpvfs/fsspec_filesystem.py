@@ -20,6 +20,8 @@ from glob import has_magic
 from typing import Any
 
 import fsspec
+from fsspec.compression import compr
+from fsspec.core import get_compression
 from fsspec.spec import AbstractFileSystem
 from fsspec.utils import stringify_path, tokenize
 
@@ -28,7 +30,8 @@ from ftpvfs.backend.backend import Entry
 from ftpvfs.clock import SYSTEM_CLOCK
 from ftpvfs.config import VFSOptions, vfs_options
 from ftpvfs.paths import AnyPath
-from ftpvfs.vfs.buffered import BUFFER, FileUpdater, FileWriter, check_layers
+from ftpvfs.vfs.buffered import BUFFER, FileUpdater, FileWriter, TextFile, check_layers
+from ftpvfs.vfs.compressed import CompressedFile
 from ftpvfs.vfs.openmode import is_text
 from ftpvfs.vfs.vfs import VFS
 
@@ -150,7 +153,14 @@ class FTPVFSFileSystem(AbstractFileSystem):
             text = {name: keywords.pop(name) for name in ("encoding", "errors", "newline") if name in keywords}
             with self._making_parent(path, mode):
                 return self.vfs.open(self._strip_protocol(path), mode, block_size or BUFFER, **text, **keywords)
-        return super().open(path, mode, block_size, cache_options, compression, **keywords)
+        codec = None if compression is None else compr[get_compression(stringify_path(path), compression)]
+        if codec in {None, compr[None]}:
+            return super().open(path, mode, block_size, cache_options, None, **keywords)
+        text = {name: keywords.pop(name, None) for name in ("encoding", "errors", "newline")}
+        binary = mode.replace("t", "").replace("b", "") + "b"
+        file = super().open(path, binary, block_size, cache_options, None, **keywords)
+        compressed = CompressedFile(file, codec, binary)
+        return TextFile(compressed, compressed, mode, False, **text) if is_text(mode) else compressed
 
     def _open(
         self,

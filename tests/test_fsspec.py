@@ -543,3 +543,29 @@ def test_pandas_reads_and_writes_through_it(local_store: Store, fs_of: MakeFS) -
     frame.to_csv("ftpvfs://folder/frame.csv", index=False, storage_options=fs.storage_options)
     again = pandas.read_csv("ftpvfs://folder/frame.csv", storage_options=fs.storage_options)
     assert again.equals(frame)
+
+
+# --- compression
+
+
+@pytest.mark.parametrize("codec", ["gzip", "bz2", "xz", "zip"])
+@pytest.mark.parametrize("text", [True, False])
+def test_what_is_compressed_is_published_as_its_file_is_closed(fs: FTPVFSFileSystem, codec: str, text: bool) -> None:
+    content: Any = "some text\n" * 1000 if text else b"bytes" * 1000
+    kind = "t" if text else "b"
+    with fs.open("a", f"w{kind}", compression=codec) as file:
+        file.write(content)
+    with fs.open("a", f"r{kind}", compression=codec) as file:
+        assert file.read() == content
+    assert fs.size("a") < len(content)
+    file = fs.open("b", f"w{kind}", compression=codec)
+    file.write(content)
+    file.close()
+    assert fs.exists("b")
+
+
+def test_a_compressed_file_whose_block_fails_is_not_published(fs: FTPVFSFileSystem) -> None:
+    for mode in ("wb", "wt"):
+        with pytest.raises(RuntimeError), fs.open("a", mode, compression="gzip"):
+            raise RuntimeError
+        assert not fs.exists("a")

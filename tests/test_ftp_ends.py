@@ -150,6 +150,22 @@ def test_an_upload_in_the_midst_of_its_bytes_is_given_up_with_the_session(
     assert local_store.read("a") == OLD
 
 
+@pytest.mark.parametrize("last", ["SIZE a", "EPSV", "RNFR a\r\nRNTO b"])
+def test_what_is_said_behind_a_large_upload_waits_for_its_last_bytes(
+    local_store: Store, ftp_server: Callable[..., tuple[str, int]], last: str
+) -> None:
+    client = Raw(ftp_server(local_store))
+    for number in range(5):
+        data = client.store("a", DATA[number:])
+        data.close()
+        client.say(last)
+        client.expect("226")
+        for code in {"SIZE a": ["213"], "EPSV": ["229"]}.get(last, ["350", "250"]):
+            client.expect(code)
+        assert local_store.read("b" if "RNTO" in last else "a") == DATA[number:]
+    client.close()
+
+
 # --- half-closed control connections
 
 
@@ -179,6 +195,23 @@ def test_a_command_that_waits_for_the_store_is_answered_after_the_end(
     proxy.black_hole = False
     assert client.rest() == ["213", "250", "200"]
     assert s3_store.list() == set()
+    client.close()
+
+
+@pytest.mark.parametrize("last", ["", "PWD", "QUIT"])
+def test_a_download_goes_on_after_the_end(
+    local_store: Store, ftp_server: Callable[..., tuple[str, int]], last: str
+) -> None:
+    local_store.write("a", DATA * 8)
+    client = Raw(ftp_server(local_store))
+    client.say("EPSV")
+    where = ftplib.parse229(client.expect("229"), (HOST, 0))
+    with socket.create_connection(where, timeout=30) as data:
+        client.say("RETR a", *([last] if last else []))
+        client.control.shutdown(socket.SHUT_WR)
+        with data.makefile("rb") as file:
+            assert file.read() == DATA * 8
+    assert sorted(client.rest()) == sorted(["125", "226", *({"PWD": ["257"], "QUIT": ["221"]}.get(last, []))])
     client.close()
 
 

@@ -15,7 +15,7 @@ from ftpvfs.assembly import Assembly
 from ftpvfs.config import load
 from tests.conftest import connect, download, names, reply, run_program, upload, wait_until
 
-HIDDEN = {errno.EACCES, errno.ENOENT, errno.EBUSY, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY}
+HIDDEN = {errno.EACCES, errno.ENOENT, errno.EPERM, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY}
 
 
 @pytest.fixture

@@ -36,9 +36,9 @@ class Hidden:
             raise failure(errno.EACCES, path, "The server's own cache is there")
 
     def refuse_above(self, name: str, path: str) -> None:
-        """Raise EBUSY for a folder that holds the hidden one, and so cannot get another name."""
+        """Raise EPERM for a folder that holds the hidden one, and so can get no other name or rights."""
         if _is_within(self._folder, self._real(name)):
-            raise failure(errno.EBUSY, path, "The server's own cache is below that folder")
+            raise failure(errno.EPERM, path, "The server's own cache is below that folder")
 
     def _real(self, name: str) -> str:
         # Where links are not followed, no name that gets here leads through one.

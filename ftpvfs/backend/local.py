@@ -288,6 +288,8 @@ class LocalBackend(Backend):
         """Set the nine bits of a file or folder. A folder keeps its setgid and sticky bits, as with chmod(1)."""
         about_to_wait(Wait.DISK)
         with self._renamed(path):
+            if self._hidden is not None:
+                self._hidden.refuse_above(self.locate(path), path)
             descriptor = self._opened(self.locate(path))
             try:
                 info = os.fstat(descriptor)

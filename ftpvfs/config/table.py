@@ -544,6 +544,7 @@ URL_OPTION = Option(
     flag="url",
     short="",
     secret=True,  # it may hold a password
+    never_empty=True,
     section=BACKEND,
     field="url",
     key="url",

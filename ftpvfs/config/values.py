@@ -304,7 +304,10 @@ def parse_text(text: str) -> str:
 
 
 def parse_home(text: str) -> str:
-    return paths.normalize(text)
+    home = paths.normalize(text)
+    if home == "/" and text.strip("/"):
+        raise ValueError("is the whole root, written so that it need not be meant; write / for that")
+    return home
 
 
 def parse_permissions(text: str) -> str:

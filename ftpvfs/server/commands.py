@@ -33,9 +33,11 @@ TELNET = re.compile(rb"(?:\xff(?:[\xfb-\xfe][^\r\n]|[\xf0-\xfa\xff])?)+")
 COMMANDS_A_TURN = 16
 # Replies that a client has not taken, before no more of its commands are run.
 MOST_REPLIES = 16
-# Seconds that a client gets to take the last reply; and that a command which waits for a store gets once its client has
-# ended its side of the connection, since it cannot be seen whether anybody still waits for the reply.
+# Seconds that a client gets to take the last reply.
 LAST_WORDS = 5.0
+# Seconds that a command which waits, or a transfer that stands still, gets once its client has ended its side of the
+# connection, since it cannot be seen whether anybody still waits for the reply.
+LINGER = 3.0
 # How much of what a client has said is looked at before it is read.
 PEEK = 4096
 # What a client may say in the middle of an upload, so that it tells nothing about the upload's end.
@@ -291,7 +293,9 @@ class Commands(FTPHandler):
             self._listen_for(0)
         if not self._has_ended:
             self._has_ended = True
-            self.call_later(LAST_WORDS, self._stop_waiting)
+            if self._awaits_reply():
+                self._has_moved()  # from now on
+            self.call_later(LINGER, self._stop_waiting)
             if self._task is None:
                 self._soon(self._run_commands)
 
@@ -311,15 +315,19 @@ class Commands(FTPHandler):
         """Tell whether a transfer goes on although the client has ended its side of the control connection."""
         return False
 
+    def _has_moved(self) -> bool:
+        """Tell whether the transfer that goes on has moved anything since the last time."""
+        return False
+
     def _close_if_done(self) -> None:
         """Disconnect a client that will say no more, once all that it had said is answered."""
         if not self._closed and not self._is_over() and not self._has_work():
             self.close_when_done()
 
     def _stop_waiting(self) -> None:
-        """Disconnect a client that will say no more, and whose command still waits; a transfer may go on."""
-        if self._awaits_reply():
-            self.call_later(LAST_WORDS, self._stop_waiting)
+        """Disconnect a client that will say no more, and whose command still waits; a transfer that moves may go on."""
+        if self._awaits_reply() and self._has_moved():
+            self.call_later(LINGER, self._stop_waiting)
         else:
             self.close()
 

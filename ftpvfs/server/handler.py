@@ -109,6 +109,8 @@ class VFSHandler(Limited, PublicAddress, Parameters, Login):
     _verb = _argument = ""
     # The type of the last transfer that was asked for, which may still wait for its data connection.
     _asked_type = ""
+    # Bytes that the present transfer had moved when that was last asked.
+    _moved_before = -1
     # Whether a 1xx was sent whose transfer has not had its final reply: exactly one is due, whatever fails.
     _owes_reply = False
     # Done when the last broken upload is put away, which may take longer than its answer.
@@ -244,6 +246,9 @@ class VFSHandler(Limited, PublicAddress, Parameters, Login):
         task, channel = current_task(), self.data_channel
         if task is None or not isinstance(channel, VFSDTPHandler):
             return
+        if cmd != "ABOR" and channel.receive and channel.stage is Stage.MOVING and channel.is_busy:
+            channel.confirm_end()  # nobody says that in the midst of an upload
+            task.wait(channel.end_or_idleness())
         outcome = channel.foresee_outcome()
         if outcome is not None and (cmd != "ABOR" or channel.stage is Stage.SETTLING):
             channel.confirm_end()
@@ -393,12 +398,17 @@ class VFSHandler(Limited, PublicAddress, Parameters, Login):
     def _awaits_reply(self) -> bool:
         """Tell whether a transfer goes on although the client has ended its side of the control connection.
 
-        One in the midst of its bytes does not, unless more was said before that end: so a killed client looks.
+        An upload in the midst of its bytes does not, unless more was said before that end: so a killed client looks.
         """
         channel = self.data_channel
         if not isinstance(channel, VFSDTPHandler) or not channel.is_busy:
             return False
-        return self._has_ended or channel.stage is not Stage.MOVING
+        return self._has_ended or not channel.receive or channel.stage is not Stage.MOVING
+
+    def _has_moved(self) -> bool:
+        """Tell whether the transfer that goes on has moved anything since the last time."""
+        before, self._moved_before = self._moved_before, self.data_channel.get_transmitted_bytes()
+        return self._moved_before != before or self.data_channel.stage is not Stage.MOVING
 
     def ftp_QUIT(self, line: str) -> None:
         """Say goodbye, after the word on a transfer whose data connection has not come; one that runs is let finish."""

@@ -56,6 +56,8 @@ EXIT_GAP = 0.002
 # variation of that (RFC 6298, section 2); here two packets travel the same way, so that the variation alone counts.
 VARIATIONS = 4
 MOST_PATIENCE = 0.25
+# Seconds without a byte after which an upload is not taken for one whose last bytes are still on their way.
+IDLE = 1.0
 # Offset of tcpi_rttvar, microseconds, in Linux' struct tcp_info.
 RTTVAR_OFFSET = 72
 
@@ -117,6 +119,8 @@ class VFSDTPHandler(DTPHandler):
     _first = 0
     # Why an upload that has ended is given up, "" where it is to be published; None before its end.
     _verdict: Future[str] | None = None
+    # What a command waits for that came before all bytes of the upload were here.
+    _end_or_idleness: Future[None] | None = None
     # Why the transfer was broken off.
     _reason = ""
     # Whether the client has shown, by what it says on its control connection, that it means the end of its upload.
@@ -288,12 +292,29 @@ class VFSDTPHandler(DTPHandler):
                 self.outcome = Future()
         return self.outcome
 
+    def end_or_idleness(self) -> Future[None]:
+        """Return what is done when an upload has ended, or when for a while nothing of it has come.
+
+        What a client says behind the bytes of an upload may be here before all of them are.
+        """
+        self._end_or_idleness = either = Future[None]()
+
+        def look(received: int) -> None:
+            if self.tot_bytes_received == received:
+                _finish(either)
+            elif not either.done():
+                self.call_later(IDLE, look, self.tot_bytes_received)
+
+        self.call_later(IDLE, look, self.tot_bytes_received)
+        return either
+
     def _end_upload(self) -> None:
         """The data connection has ended cleanly: make the file ready, and see whether the control connection goes on.
         """
         self.stage = Stage.ENDED
         self.outcome = self.outcome or Future()
         self._verdict = Future()
+        _finish(self._end_or_idleness)
         try:
             self.del_channel()
             self._judge()
@@ -329,11 +350,11 @@ class VFSDTPHandler(DTPHandler):
         said = announced(session)
         if said is Announced.ABORT:
             self._decide("Aborted by the client")
-        elif self._is_meant or said is Announced.COMMAND:
+        elif self._is_meant or said is Announced.COMMAND or self._tells_its_end():
             self._decide("")
         elif is_ended(session):
             self._decide("The control connection is gone")
-        elif is_last or self._tells_its_end():
+        elif is_last:
             self._decide("")
 
     def _tells_its_end(self) -> bool:
@@ -606,8 +627,8 @@ class VFSDTPHandler(DTPHandler):
         finally:
             if getattr(self.cmd_channel, "data_channel", self) in (self, None):
                 self._attempt(self.cmd_channel._on_dtp_close)
-            if self.outcome is not None and not self.outcome.done():
-                self.outcome.set_result(None)
+            _finish(self.outcome)
+            _finish(self._end_or_idleness)
 
     def _attempt(self, step: Callable[[], object]) -> None:
         """Do one of the steps of the end; the others are done all the same when it fails."""
@@ -737,6 +758,11 @@ class TextProducer:
     def more(self) -> bytes:
         """Return the next bytes, none at the end."""
         return self._convert(self.file.read(self._step))
+
+
+def _finish(future: Future[None] | None) -> None:
+    if future is not None and not future.done():
+        future.set_result(None)
 
 
 def failure_reply(error: OSError) -> str:

@@ -95,7 +95,7 @@ class FileUpdater(_OverHandle, io.BufferedRandom):
 class TextFile(_OverHandle, io.TextIOWrapper):
     """A file of text."""
 
-    def __init__(self, handle: Handle, buffer: Any, mode: str, line_buffering: bool, **text: str | None) -> None:
+    def __init__(self, handle: Any, buffer: Any, mode: str, line_buffering: bool, **text: str | None) -> None:
         super().__init__(buffer, line_buffering=line_buffering, **text)  # type: ignore[arg-type]
         self.handle = handle
         self.mode = mode  # type: ignore[misc]
