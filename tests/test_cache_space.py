@@ -164,10 +164,10 @@ def test_an_upload_waits_while_write_back_makes_room(opened: Open, clock: Moving
     assert not waiting.done()
     assert cache.uploaded(record, entry("old", bytes(15 * MIB)))
     waiting.result(timeout=30)
-    assert draft.pressure() is None
+    wait_until(lambda: draft.pressure() is None, timeout=30)
     draft.write(8 * MIB, bytes(MIB))
     cache.publish(draft, mtime=0.0, base=None)
-    assert cache.record("old") is None, "clean now, it made room"
+    wait_until(lambda: cache.record("old") is None, timeout=30, what="clean now, it makes room")
 
 
 def write_all(draft: Draft, size: int, *, pieces: int = MIB) -> float:

@@ -715,7 +715,7 @@ def test_who_asks_once_all_is_closed_hears_so(store: Store, make: Callable[..., 
         store.write(path, pattern(MIB))
     cached = make(store, POLICY)
     early, late = cached.open("a"), cached.open("b")
-    assert early.ready() == 0
+    assert early.reader.item.ready(0) == 0
     cached.downloads.close()
     with early, late:
         for handle in (early, late):  # joined before, and after
