@@ -311,12 +311,18 @@ def test_a_server_that_has_stored_all_ends_with_0(launched: Any, tmp_path: Path,
 # --- interrupted, and unread
 
 
+def hear_interrupts() -> None:
+    """A program that is started in the background, as the tests may be, ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_password_that_is_not_typed_is_none() -> None:
     for typed, status, words in ((b"\x04", 1, b"ftpvfs: no password was given"), (None, 130, b"ftpvfs: interrupted")):
         parent, child = os.openpty()
         process = subprocess.Popen(
             [sys.executable, "-m", "ftpvfs", "hash-password"],
             env=program_environment(), stdin=child, stdout=child, stderr=child, start_new_session=True,
+            preexec_fn=hear_interrupts,
         )  # fmt: skip
         os.close(child)
         shown = b""
@@ -349,6 +355,7 @@ def test_a_command_that_waits_for_a_store_can_be_interrupted(
             [sys.executable, "-m", "ftpvfs", "cache", "flush", place.url, "--cache-dir", str(folder),
              "--name", "photos", *(f"--option={name}={value}" for name, value in options.items())],
             env=program_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=hear_interrupts,
         )  # fmt: skip
         silent.settimeout(60)
         with silent.accept()[0]:  # the store has been asked, and says nothing

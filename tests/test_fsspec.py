@@ -557,7 +557,7 @@ def test_what_is_compressed_is_published_as_its_file_is_closed(fs: FTPVFSFileSys
         file.write(content)
     with fs.open("a", f"r{kind}", compression=codec) as file:
         assert file.read() == content
-    assert fs.size("a") < len(content)
+    assert codec == "zip" or fs.size("a") < len(content)  # fsspec packs a zip without squeezing it
     file = fs.open("b", f"w{kind}", compression=codec)
     file.write(content)
     file.close()

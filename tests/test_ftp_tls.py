@@ -225,7 +225,7 @@ def test_an_upload_that_fails_is_answered_with_its_reason(store: Store, ftp: ftp
         with_data.sendall(data)
         Path(store.path("folder")).rmdir()
         with_data.unwrap()  # the server says goodbye: the client would take a cut line for the failure
-    assert last_reply(ftp).startswith("451 ")
+    assert last_reply(ftp).startswith("550 ")
     assert reply(ftp, "NOOP").startswith("200 ")
 
 
