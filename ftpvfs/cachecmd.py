@@ -232,6 +232,11 @@ def _verify(places: list[Place], config: Config) -> int:
 def _problems(backend: Backend, cache: Cache, *, hashes: bool) -> Iterator[str]:
     """Yield what is wrong with the cache itself, then what is not as the store has it."""
     yield from cache.check()
+    try:
+        backend.check()
+    except OSError as error:
+        yield f"nothing can be compared with the store: {reason_of(error)}"
+        return
     for record in cache.all_records():
         if cache.dirty(record.path) is not None:
             continue

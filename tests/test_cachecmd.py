@@ -222,6 +222,17 @@ def test_verify_finds_bytes_that_are_not_the_stores(
     assert "'a' has other bytes here than at the store" in broken.stdout
 
 
+def test_verify_says_that_the_store_cannot_be_asked(
+    make_rig: Callable[..., Rig], s3_store: Store, run: Run
+) -> None:
+    make_rig(s3_store).publish("a", b"x")
+    away = replace(s3_store, storage_options={**s3_store.storage_options, "endpoint_url": "http://127.0.0.1:1"})
+    found = run(away, "verify")
+    assert found.returncode == 1
+    assert "nothing can be compared with the store" in found.stdout
+    assert "1 problems" in found.stdout.splitlines()[-1]
+
+
 @pytest.mark.parametrize("arguments", [("cache",), ("cache", "lst"), ("cache", "flush", "--json")])
 def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...]) -> None:
     refused = run_program(*arguments)
