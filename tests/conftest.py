@@ -506,7 +506,8 @@ def make_vfs() -> Iterator[Callable[..., Any]]:
             from ftpvfs import VFS
 
             vfs = VFS(store.url, storage_options=store.storage_options, **options)
-            WATCH.stores[vfs] = store
+            if isinstance(store, Store):  # others cannot be looked into
+                WATCH.stores[vfs] = store
             cleanup.callback(vfs.close)
             return vfs
 
