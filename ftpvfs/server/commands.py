@@ -70,6 +70,8 @@ class Commands(FTPHandler):
     _ends_with_lf: bool | None = None
     # The client has ended its side of the connection: what it has said in full is run, and more will not come.
     _has_ended = False
+    # Bytes of commands that were left to be run when that was last looked at.
+    _left = 0
     # ... and takes no replies any more.
     _is_deaf = False
     # The last reply is said: the connection is closed from here, whatever the client has said behind.
@@ -295,6 +297,7 @@ class Commands(FTPHandler):
             self._has_ended = True
             if self._awaits_reply():
                 self._has_moved()  # from now on
+            self._left = len(self.ac_in_buffer)
             self.call_later(LINGER, self._stop_waiting)
             if self._task is None:
                 self._soon(self._run_commands)
@@ -325,8 +328,12 @@ class Commands(FTPHandler):
             self.close_when_done()
 
     def _stop_waiting(self) -> None:
-        """Disconnect a client that will say no more, and whose command still waits; a transfer that moves may go on."""
-        if self._awaits_reply() and self._has_moved():
+        """Disconnect a client that will say no more, and whose command still waits.
+
+        A transfer that moves may go on, and so may a row of commands one of which has been run meanwhile.
+        """
+        before, self._left = self._left, len(self.ac_in_buffer)
+        if self._left != before or (self._awaits_reply() and self._has_moved()):
             self.call_later(LINGER, self._stop_waiting)
         else:
             self.close()

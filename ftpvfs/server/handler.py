@@ -144,10 +144,10 @@ class VFSHandler(Limited, PublicAddress, Parameters, Login):
             return
         self._owes_reply = False
         last, file = self._last_response, getattr(self.data_channel, "file_obj", None)
-        if file is not None and is_refusal(resp):
-            log_failed_transfer(self, self.data_channel.cmd or "RETR", file.name, resp)
-            logfun = session_logger.debug  # it is logged
         try:
+            if file is not None and is_refusal(resp):
+                log_failed_transfer(self, self.data_channel.cmd or "RETR", file.name, resp)
+                logfun = session_logger.debug  # it is logged
             super().respond(resp, logfun)
         except Exception:  # noqa: BLE001 - nobody knows what of it was sent: the end of the session says that it failed
             self.log_exception(self)
@@ -249,6 +249,7 @@ class VFSHandler(Limited, PublicAddress, Parameters, Login):
         if cmd != "ABOR" and channel.receive and channel.stage is Stage.MOVING and channel.is_busy:
             channel.confirm_end()  # nobody says that in the midst of an upload
             task.wait(channel.end_or_idleness())
+            channel.doubt_end()
         outcome = channel.foresee_outcome()
         if outcome is not None and (cmd != "ABOR" or channel.stage is Stage.SETTLING):
             channel.confirm_end()

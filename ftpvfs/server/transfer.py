@@ -342,6 +342,11 @@ class VFSDTPHandler(DTPHandler):
         if self.stage is Stage.ENDED:
             self._judge()
 
+    def doubt_end(self) -> None:
+        """An upload that goes on has not ended: what was said in its midst tells nothing about an end to come."""
+        if self.stage is Stage.MOVING:
+            self._is_meant = False
+
     def _judge(self, is_last: bool = False) -> None:
         """Decide whether the client means the end of its upload, where what it says tells, or is not waited for."""
         if self._verdict is None or self._verdict.done():
